@@ -1,0 +1,360 @@
+"""The config and its handler: through `quantize_`, torchao's own config, names, and serialization."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torchao.quantization as ao
+from torch import Tensor, nn
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig, quantize_
+from torchao.quantization.quantize_.common.packing_format import PackingFormat
+from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm, Int4PackingFormat
+from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
+
+import torchao_int4cpu
+import torchao_int4cpu.config
+from tests.numerics import assert_int4
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
+from torchao_int4cpu.choose_qparams import choose_qparams
+
+
+def model(**kwargs: Any) -> Any:
+    return nn.Sequential(nn.Linear(70, 40), nn.ReLU(), nn.Linear(40, 33, bias=False)).to(**kwargs)
+
+
+ACCEPTED: list[Any] = [
+    Int4WeightOnlyConfig(group_size=32),
+    Int4WeightOnlyConfig(group_size=32, packing_format="opaque"),
+    Int4WeightOnlyConfig(group_size=32, packing_format=PackingFormat.OPAQUE),
+    Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
+    Int4WeightOnlyConfig(32),
+    ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
+    ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format=PackingFormat.OPAQUE),
+]
+
+
+@pytest.mark.parametrize("config", ACCEPTED, ids=range(len(ACCEPTED)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantize_with_every_spelling(config: Any, dtype: torch.dtype) -> None:
+    layers = model(dtype=dtype)
+    original = layers[0].weight.detach().clone()
+    quantize_(layers, config)
+    for layer, shape in ((layers[0], (40, 70)), (layers[2], (33, 40))):
+        assert_int4(layer.weight, shape, 32)
+        assert isinstance(layer.weight, nn.Parameter)
+        assert not layer.weight.requires_grad
+    w = layers[0].weight
+    assert isinstance(w, Int4OpaqueTensor)
+    assert torch.equal(w.to_groupwise().codes, choose_qparams(original, 32).codes)
+    x = torch.randn(3, 70, dtype=dtype)
+    assert layers(x).shape == (3, 33)
+
+
+def test_the_default_group_is_128() -> None:
+    layers = model()
+    quantize_(layers, Int4WeightOnlyConfig(packing_format="opaque"))
+    assert_int4(layers[0].weight, (40, 70), 128)
+
+
+@pytest.mark.parametrize("algorithm", ["tinygemm", "hqq", "mse", *Int4ChooseQParamsAlgorithm])
+@pytest.mark.parametrize("cls", [Int4WeightOnlyConfig, ao.Int4WeightOnlyConfig])
+def test_every_algorithm(algorithm: str, cls: Any) -> None:
+    layer = nn.Linear(70, 40)
+    expected = choose_qparams(layer.weight, 64, algorithm).codes
+    config = cls(group_size=64, int4_packing_format="opaque", int4_choose_qparams_algorithm=algorithm)
+    quantize_(layer, config)
+    assert isinstance(layer.weight, Int4OpaqueTensor)
+    assert torch.equal(layer.weight.to_groupwise().codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"group_size": 48}, ValueError, "group_size=48 is not supported; choose 32"),
+        ({"group_size": "32"}, TypeError, "group_size='32' is a str"),
+        ({"packing_format": "plain"}, ValueError, "packing_format='plain' is not supported; choose"),
+        (
+            {"int4_packing_format": Int4PackingFormat.PRESHUFFLED},
+            ValueError,
+            "int4_packing_format=.*preshuffled.* is not supported",
+        ),
+        ({"int4_choose_qparams_algorithm": "gptq"}, ValueError, "'gptq' is not known; choose 'tin"),
+    ],
+)
+def test_a_wrong_config_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Int4WeightOnlyConfig(**arguments)
+    arguments = {"int4_packing_format": "opaque"} | arguments
+    if arguments.get("packing_format") or arguments["int4_packing_format"] != "opaque":
+        return
+    layers = model()  # torchao's own class takes anything; the handler refuses it before any change
+    with pytest.raises(error, match=message):
+        quantize_(layers, ao.Int4WeightOnlyConfig(**arguments))
+    assert type(layers[0].weight) is nn.Parameter
+
+
+def test_torchaos_other_formats_are_untouched() -> None:
+    layer = nn.Linear(128, 64).bfloat16()
+    with pytest.raises((AssertionError, ImportError, RuntimeError, AttributeError, ValueError)) as ours:
+        quantize_(layer, ao.Int4WeightOnlyConfig(group_size=128))
+    script = (
+        "import torch, torchao.quantization as ao\n"
+        "layer = torch.nn.Linear(128, 64).bfloat16()\n"
+        "try: ao.quantize_(layer, ao.Int4WeightOnlyConfig(group_size=128))\n"
+        "except Exception as error: print(type(error).__name__, str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == f"{type(ours.value).__name__} {ours.value}".strip()
+    handler: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
+    assert handler.torchao_handler.__module__ == "torchao.quantization.quant_api"
+
+
+def test_importing_again_changes_nothing() -> None:
+    handler: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
+    original = handler.torchao_handler
+    config = Int4WeightOnlyConfig(group_size=32)
+    importlib.import_module("torchao_int4cpu")
+    importlib.reload(torchao_int4cpu)
+    importlib.reload(torchao_int4cpu.config)
+    again: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
+    assert again.torchao_handler is original
+    for usable in (config, torchao_int4cpu.config.Int4WeightOnlyConfig(group_size=32), ACCEPTED[5]):
+        layers = model()
+        quantize_(layers, usable)
+        assert_int4(layers[0].weight, (40, 70), 32)
+
+
+def test_inductor_settings_are_left_alone_unless_asked() -> None:
+    import torch._inductor.config as inductor
+
+    before = inductor.coordinate_descent_tuning
+    try:
+        inductor.coordinate_descent_tuning = False
+        quantize_(model(), Int4WeightOnlyConfig(group_size=32))
+        assert not inductor.coordinate_descent_tuning
+        quantize_(model(), Int4WeightOnlyConfig(group_size=32, set_inductor_config=True))
+        assert inductor.coordinate_descent_tuning
+    finally:
+        inductor.coordinate_descent_tuning = before
+
+
+# --- which layers -------------------------------------------------------------------------------
+
+
+def test_filter_fn() -> None:
+    layers = model()
+    quantize_(layers, Int4WeightOnlyConfig(32), filter_fn=lambda module, name: name == "2")
+    assert type(layers[0].weight) is nn.Parameter
+    assert_int4(layers[2].weight, (33, 40), 32)
+
+
+class Twin(nn.Module):
+    """Two weights, neither of them called ``weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(40, 70))
+        self.down = nn.Parameter(torch.randn(70, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.nn.functional.linear(x, self.up)
+        return torch.nn.functional.linear(up, self.down)
+
+
+def test_fqn_to_config_by_module_parameter_and_pattern() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(70, 40), "b": nn.Linear(70, 40), "twin": Twin()})
+    config = FqnToConfig(
+        {
+            "a": Int4WeightOnlyConfig(group_size=32),
+            "twin.up": Int4WeightOnlyConfig(group_size=64),
+            r"re:twin\.down": ao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"),
+        }
+    )
+    quantize_(net, config, filter_fn=None)
+    assert_int4(net["a"].weight, (40, 70), 32)
+    assert type(net["b"].weight) is nn.Parameter
+    assert_int4(net["twin"].up, (40, 70), 64)
+    assert net["twin"](torch.randn(2, 70)).shape == (2, 70)
+    assert "up=Int4OpaqueTensor" in str(net["twin"])
+
+
+def test_fqn_to_config_default_and_skip() -> None:
+    layers = model()
+    quantize_(layers, FqnToConfig({"_default": Int4WeightOnlyConfig(32), "0": None}), filter_fn=None)
+    assert type(layers[0].weight) is nn.Parameter
+    assert_int4(layers[2].weight, (33, 40), 32)
+
+
+def test_a_module_at_two_places_is_quantized_once() -> None:
+    shared = nn.Linear(40, 40)
+    layers = nn.Sequential(shared, shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_(layers, Int4WeightOnlyConfig(32))
+        quantize_(layers, Int4WeightOnlyConfig(32))
+    assert layers[0].weight is layers[1].weight
+    assert str(layers).count("Int4OpaqueTensor") == 2
+
+
+UNFIT: dict[str, tuple[nn.Parameter, str]] = {
+    "float64": (nn.Parameter(torch.randn(4, 4).double()), "it is torch.float64, and only"),
+    "rank": (nn.Parameter(torch.randn(2, 4, 4)), r"its shape is \[2, 4, 4\], and only"),
+    "empty": (nn.Parameter(torch.randn(0, 4)), r"its shape is \[0, 4\]"),
+    "4-bit": (
+        nn.Parameter(Int4OpaqueTensor.from_hp(torch.randn(4, 4), [1, 64]), requires_grad=False),
+        "it is 4-bit already, in groups of 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNFIT))
+def test_a_layer_that_cannot_be_quantized_stays_the_object_it_was(kind: str) -> None:
+    weight, reason = UNFIT[kind]
+    layers: Any = nn.Sequential(nn.Linear(70, 40), nn.Linear(4, 4))
+    layers[1].weight = weight
+    before = (weight.requires_grad, layers[1].extra_repr())
+    with pytest.warns(UserWarning, match=rf"^1\.weight is left as it was: {reason}") as caught:
+        quantize_(layers, Int4WeightOnlyConfig(32))
+    assert len([w for w in caught if "left as it was" in str(w.message)]) == 1
+    assert layers[1].weight is weight
+    assert (weight.requires_grad, layers[1].extra_repr()) == before
+    assert "extra_repr" not in vars(layers[1])
+    assert_int4(layers[0].weight, (40, 70), 32)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_nan_is_named_with_the_layers_that_are_done(bad: float) -> None:
+    net: Any = nn.Module()
+    net.block = nn.Sequential(nn.Linear(70, 40), nn.Linear(40, 33), nn.Linear(33, 33))
+    with torch.no_grad():
+        net.block[1].weight[3, 4] = bad
+    weights = [layer.weight for layer in net.block]
+    message = (
+        r"^block\.1\.weight: weight has NaN or infinite values.* "
+        r"4-bit already: block\.0\.weight; every other layer is unchanged$"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize_(net, Int4WeightOnlyConfig(32))
+    assert net.block[1].weight is weights[1]
+    assert net.block[2].weight is weights[2]
+
+
+def test_a_nan_in_the_first_layer() -> None:
+    layers = model()
+    with torch.no_grad():
+        layers[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^0\.weight: weight has NaN.* Nothing has been changed$"):
+        quantize_(layers, Int4WeightOnlyConfig(32))
+
+
+def test_names_through_fqn_to_config_and_without_a_model() -> None:
+    layers = model()
+    layers[2].weight.data.fill_(torch.nan)
+    config = Int4WeightOnlyConfig(32)
+    with pytest.raises(ValueError, match=r"^2\.weight: .*4-bit already: 0\.weight"):
+        quantize_(layers, FqnToConfig({"0": config, "2": config}), filter_fn=None)
+    with pytest.raises(ValueError, match=r"^weight of Linear\(in_features=40, .*\): weight has NaN"):
+        quantize_(layers[2], config)
+    with pytest.raises(ValueError, match=r"^weight of Linear.*This layer is unchanged$"):
+        torchao_int4cpu.config.quantize_module(layers[2], config)
+
+
+def test_a_meta_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"0\.weight: weight is on meta; only CPU weights"):
+        quantize_(model(device="meta"), Int4WeightOnlyConfig(32))
+
+
+def test_a_missing_parameter_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"1\.weight is not a parameter; choose modules that have"):
+        quantize_(model(), Int4WeightOnlyConfig(32), filter_fn=lambda m, n: isinstance(m, nn.ReLU))
+
+
+def test_printing_the_model_shows_what_each_layer_became() -> None:
+    layers = model()
+    quantize_(layers, Int4WeightOnlyConfig(32))
+    for printed in (layers, copy.deepcopy(layers)):
+        lines = str(printed).splitlines()
+        assert lines[1].endswith(
+            "Linear(in_features=70, out_features=40, bias=True, "
+            "weight=Int4OpaqueTensor(shape=[40, 70], group_size=32, dtype=torch.float32))"
+        )
+    copied = copy.deepcopy(layers)
+    assert copied[0].extra_repr.module is copied[0]
+    copied.half()
+    assert "torch.float16" in str(copied)
+    assert "torch.float16" not in str(layers)
+
+
+# --- serialization ------------------------------------------------------------------------------
+
+CONFIGS = [
+    Int4WeightOnlyConfig(),
+    Int4WeightOnlyConfig(group_size=32, int4_choose_qparams_algorithm="hqq"),
+    Int4WeightOnlyConfig(group_size=256, int4_choose_qparams_algorithm="mse"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "hqq", "mse"])
+def test_a_config_reads_back_as_torchaos_own(config: Int4WeightOnlyConfig) -> None:
+    data = json.loads(json.dumps(config_to_dict(config)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = config_from_dict(data)
+    assert type(back) is ao.Int4WeightOnlyConfig
+    assert {f.name: getattr(back, f.name) for f in dataclasses.fields(back)} == {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(back)
+    }
+    assert back.int4_packing_format == "opaque"
+    layers = model()
+    quantize_(layers, back)
+    assert_int4(layers[0].weight, (40, 70), config.group_size)
+
+
+HASH_SCRIPT = """
+import json, sys, torch, torchao_int4cpu
+from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import quantize_
+config = torchao_int4cpu.Int4WeightOnlyConfig(group_size=32, int4_choose_qparams_algorithm="mse")
+back = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+layer = torch.nn.Linear(70, 40)
+quantize_(layer, back)
+print(type(back).__module__, back.int4_packing_format, type(layer.weight).__name__)
+"""
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2", "5"])
+def test_serialization_does_not_depend_on_the_hash_seed(seed: str) -> None:
+    """torchao looks a class name up in a *set* of modules."""
+    done = subprocess.run(
+        [sys.executable, "-c", HASH_SCRIPT],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": seed},
+    )
+    assert done.stdout.split() == [
+        "torchao.quantization.quant_api",
+        "opaque",
+        "Int4OpaqueTensor",
+    ], done.stderr
+
+
+def test_replace_and_both_spellings() -> None:
+    base: Any = Int4WeightOnlyConfig(32)
+    config = dataclasses.replace(base, group_size=64)
+    assert config.group_size == 64
+    assert config.packing_format == config.int4_packing_format == "opaque"
+    assert "packing_format" not in vars(config)
+    assert copy.deepcopy(config) == config

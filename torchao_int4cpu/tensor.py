@@ -1,0 +1,324 @@
+"""`Int4OpaqueTensor`: the packed weight as a tensor. It holds parts, checks that they fit, converts.
+
+It knows neither aten ops (`dispatch`) nor how a file stores it (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from torchao_int4cpu.choose_qparams import QPARAMS_DTYPE, choose_qparams
+from torchao_int4cpu.groupwise import (
+    CODE_OFFSET,
+    FLOAT_DTYPES,
+    GroupwiseInt4,
+    check_group_size,
+)
+from torchao_int4cpu.kernels import PackedInt4
+from torchao_int4cpu.layout import (
+    LAYOUTS,
+    ROW_MULTIPLE,
+    layout_named,
+    native_layout,
+    pack,
+    repack,
+    unpack,
+)
+
+
+class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has no annotations
+    """A weight ``[N, K]`` in 4 bits, packed for PyTorch's int4 op on this CPU.
+
+    It stands for the matrix of `GroupwiseInt4`::
+
+        w[n, k]  =  (code[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
+
+    Data:
+        qdata: uint8 ``[N', K'/2]``, two codes a byte in the order of ``qdata_layout`` (`layout`).
+        scale_and_zero: bfloat16 ``[K'/group_size, N', 2]``.
+        act_pre_scale: optional, float, ``[K]`` or one element; multiplies the activation.
+
+    Attributes:
+        block_size: ``[1, group_size]``.
+        shape: ``[N, K]``. N' is N rounded up to a multiple of 16, K' is K rounded up to one of
+            ``group_size``; what is added is never seen.
+        qdata_layout: ``"avx512"``, ``"avx2"`` or ``"default"``.
+        dtype: what `dequantize` gives: bfloat16, float16 or float32. The parts keep theirs.
+
+    The weight is frozen: gradients flow through it to the activation, never into it.
+
+    Raises:
+        TypeError: a part has the wrong class or dtype.
+        ValueError: the parts do not fit together.
+    """
+
+    tensor_data_names = ["qdata", "scale_and_zero"]
+    tensor_attribute_names = ["block_size", "shape", "qdata_layout", "dtype"]
+    optional_tensor_data_names = ["act_pre_scale"]
+
+    qdata: Tensor
+    scale_and_zero: Tensor
+    act_pre_scale: Tensor | None
+    block_size: list[int]
+    qdata_layout: str
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale_and_zero: Tensor,
+        block_size: Sequence[int],
+        shape: Sequence[int],
+        qdata_layout: str,
+        dtype: torch.dtype,
+        act_pre_scale: Tensor | None = None,
+    ) -> Int4OpaqueTensor:
+        check_parts(qdata, scale_and_zero, block_size, shape, qdata_layout, dtype, act_pre_scale)
+        tensor: Int4OpaqueTensor = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=qdata.device, requires_grad=False
+        )
+        return tensor
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        scale_and_zero: Tensor,
+        block_size: Sequence[int],
+        shape: Sequence[int],
+        qdata_layout: str,
+        dtype: torch.dtype,
+        act_pre_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.qdata = qdata
+        self.scale_and_zero = scale_and_zero
+        self.block_size = list(block_size)
+        self.qdata_layout = qdata_layout
+        self.act_pre_scale = act_pre_scale
+
+    @classmethod
+    def from_hp(
+        cls,
+        w: Tensor,
+        block_size: Sequence[int],
+        int4_choose_qparams_algorithm: str = "tinygemm",
+    ) -> Int4OpaqueTensor:
+        """Quantize and pack a weight.
+
+        Args:
+            w: bfloat16, float16 or float32 ``[N, K]`` on the CPU, finite, any N >= 1 and K >= 1.
+            block_size: ``[1, group_size]``.
+            int4_choose_qparams_algorithm: ``"tinygemm"``, ``"hqq"`` or ``"mse"``.
+
+        Raises:
+            TypeError, ValueError: as `choose_qparams`, or a wrong ``block_size``.
+        """
+        group_size = _group_size_of(block_size)
+        groupwise = choose_qparams(w, group_size, int4_choose_qparams_algorithm)
+        return cls.from_groupwise(groupwise, dtype=w.dtype)
+
+    @classmethod
+    def from_groupwise(
+        cls,
+        groupwise: GroupwiseInt4,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        act_pre_scale: Tensor | None = None,
+    ) -> Int4OpaqueTensor:
+        """Pack codes for this process's instruction set.
+
+        The codes are kept exactly; scale and zero are rounded to bfloat16 if they are not already.
+
+        Raises:
+            ValueError: a scale or zero is too large for bfloat16.
+        """
+        n, k = groupwise.shape
+        group_size = groupwise.group_size
+        padded_n, padded_k = padded_shape(n, k, group_size)
+        qparams = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1)
+        scale_and_zero = qparams.to(QPARAMS_DTYPE)
+        if not bool(torch.isfinite(scale_and_zero).all()):
+            raise ValueError(
+                "scale or zero does not fit bfloat16 (3.4e38 at most); divide the weight by a constant"
+            )
+        layout = native_layout() or LAYOUTS["default"]
+        # The padding is code 8 with scale and zero 0: weights that are exactly 0.
+        codes = F.pad(groupwise.codes, (0, padded_k - k, 0, padded_n - n), value=CODE_OFFSET)
+        scale_and_zero = F.pad(scale_and_zero, (0, 0, 0, padded_n - n)).contiguous()
+        return cls(
+            pack(codes.contiguous(), layout),
+            scale_and_zero,
+            [1, group_size],
+            (n, k),
+            layout.name,
+            dtype,
+            act_pre_scale,
+        )
+
+    @classmethod
+    def from_upstream(cls, t: Tensor, layout: str) -> Int4OpaqueTensor:
+        """Convert an ``Int4OpaqueTensor`` of torchao's prototype (weight-only mode).
+
+        Args:
+            t: the prototype's tensor, without an activation mode.
+            layout: how its bytes lie: ``"avx512"``, ``"avx2"`` or ``"default"``, the instruction set
+                of the machine *that packed it*. **The prototype's tensor does not record this, and a
+                wrong answer cannot be detected: it gives a weight with its rows mixed up.** If it
+                was packed in this very process, pass ``native_layout().name``; if it came from a
+                file, compare an output with a known one before you trust it.
+
+        Scales and zeros of float16 or float32 are rounded to bfloat16.
+
+        Raises:
+            TypeError: ``t`` is not that class, or is its int8-activation mode.
+            ValueError: unknown layout, or parts that do not fit together.
+        """
+        if type(t).__name__ != "Int4OpaqueTensor" or not type(t).__module__.startswith("torchao."):
+            raise TypeError(
+                f"got a {type(t).__module__}.{type(t).__name__}; "
+                "from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor"
+            )
+        parts: Any = t
+        mode = getattr(parts, "act_mapping_type", None)
+        if mode is not None:
+            raise TypeError(
+                f"this tensor has int8 activations (act_mapping_type={mode!r}), a different format; "
+                "only weight-only tensors can be converted, so quantize the original weight again"
+            )
+        converted = cls(
+            parts.qdata,
+            parts.scale_and_zero.to(QPARAMS_DTYPE).contiguous(),
+            list(parts.block_size),
+            parts.shape,
+            layout,
+            parts.dtype,
+            parts.act_pre_scale,
+        )
+        return converted.repack_()
+
+    def to_groupwise(self) -> GroupwiseInt4:
+        """Unpack: the exact codes, and scale and zero as stored (bfloat16)."""
+        n, k = self.shape
+        codes = unpack(self.qdata, layout_named(self.qdata_layout))
+        scale, zero = self.scale_and_zero[:, :n].permute(2, 1, 0).contiguous()
+        return GroupwiseInt4(codes[:n, :k].contiguous(), scale, zero, self.block_size[1])
+
+    def dequantize(self) -> Tensor:
+        """Return the weight as a plain ``[N, K]`` tensor of the logical dtype, rounded once.
+
+        ``act_pre_scale`` is no part of the weight and is not applied.
+        """
+        return self.to_groupwise().dequantize(self.dtype)
+
+    def repack_(self) -> Int4OpaqueTensor:
+        """Put ``qdata`` into this process's layout, in place, if it is in another; return self.
+
+        Loading does this by itself.
+        """
+        target = native_layout()
+        if target is not None and self.qdata_layout != target.name:
+            if self.qdata.device.type == "cpu":
+                self.qdata = repack(self.qdata, layout_named(self.qdata_layout), target)
+            self.qdata_layout = target.name
+        return self
+
+    def packed(self) -> PackedInt4:
+        """The parts that `kernels` multiplies with."""
+        n, k = self.shape
+        return PackedInt4(
+            self.qdata, self.scale_and_zero, self.block_size[1], LAYOUTS[self.qdata_layout], n, k
+        )
+
+    def _quantization_type(self) -> str:  # torchao's name; printed with the module
+        text = f"shape={list(self.shape)}, group_size={self.block_size[1]}, dtype={self.dtype}"
+        if self.act_pre_scale is not None:
+            text += f", act_pre_scale={list(self.act_pre_scale.shape)}"
+        return text
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        data = self.qdata.numel() + 2 * self.scale_and_zero.numel()
+        return (
+            f"Int4OpaqueTensor({self._quantization_type()},\n"
+            f"    device={self.device}, qdata_layout={self.qdata_layout!r}, bytes={data})"
+        )
+
+
+def padded_shape(n: int, k: int, group_size: int) -> tuple[int, int]:
+    """``(N', K')``: N rounded up to a multiple of 16, K to a multiple of ``group_size``."""
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE, -(-k // group_size) * group_size
+
+
+def check_parts(
+    qdata: object,
+    scale_and_zero: object,
+    block_size: object,
+    shape: object,
+    qdata_layout: object,
+    dtype: object,
+    act_pre_scale: object = None,
+) -> None:
+    """Check that the parts make an `Int4OpaqueTensor`.
+
+    PyTorch's op reads as many groups as ``qdata`` calls for, whatever ``scale_and_zero`` has, so
+    parts from a damaged file must never get as far as the op.
+
+    Raises:
+        TypeError: a part has the wrong class or dtype.
+        ValueError: the parts do not fit together.
+    """
+    group_size = _group_size_of(block_size)
+    layout_named(qdata_layout)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype is {dtype}; choose torch.bfloat16, torch.float16 or torch.float32")
+    if (
+        not isinstance(shape, Sequence)
+        or len(shape) != 2
+        or not all(isinstance(size, int) and size >= 1 for size in shape)
+    ):
+        raise ValueError(f"shape is {shape!r}; it must be [N, K] with N >= 1 and K >= 1")
+    padded_n, padded_k = padded_shape(shape[0], shape[1], group_size)
+    _check_part("qdata", qdata, torch.uint8, [padded_n, padded_k // 2], shape)
+    expected = [padded_k // group_size, padded_n, 2]
+    _check_part("scale_and_zero", scale_and_zero, QPARAMS_DTYPE, expected, shape)
+    if act_pre_scale is not None:
+        if not isinstance(act_pre_scale, Tensor) or act_pre_scale.dtype not in FLOAT_DTYPES:
+            got = getattr(act_pre_scale, "dtype", type(act_pre_scale).__name__)
+            raise TypeError(f"act_pre_scale is {got}; it must be a bfloat16, float16 or float32 tensor")
+        if act_pre_scale.numel() != 1 and list(act_pre_scale.shape) != [shape[1]]:
+            raise ValueError(
+                f"act_pre_scale has shape {list(act_pre_scale.shape)}; "
+                f"it must have one element or shape [{shape[1]}]"
+            )
+
+
+def _check_part(
+    name: str, part: object, dtype: torch.dtype, expected: list[int], shape: Sequence[int]
+) -> None:
+    if not isinstance(part, Tensor) or part.dtype != dtype:
+        got = getattr(part, "dtype", type(part).__name__)
+        raise TypeError(f"{name} is {got}; it must be a {dtype} tensor")
+    if list(part.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(part.shape)}; a weight of shape {list(shape)} needs {expected}"
+        )
+    if part.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"{name} is on {part.device}; a 4-bit CPU weight lives on 'cpu' (or 'meta'), "
+            "so load it with map_location='cpu'"
+        )
+    if not part.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; call .contiguous() on it first")
+
+
+def _group_size_of(block_size: object) -> int:
+    if not isinstance(block_size, Sequence) or len(block_size) != 2 or block_size[0] != 1:
+        raise ValueError(
+            f"block_size is {block_size!r}; it must be [1, group_size] "
+            "with a group_size of 32, 64, 128 or 256"
+        )
+    return check_group_size(block_size[1])
