@@ -48,7 +48,7 @@ def assert_close_to_eager(compiled: Callable[[Tensor], Tensor], eager: Any, x: T
 def count_graphs(model: Any, rows: list[int], **options: Any) -> int:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter, **options)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter, **options)
     for m in rows:
         x = torch.randn(m, 512).bfloat16()
         if isinstance(model.weight, nn.Parameter) and type(model.weight) is not nn.Parameter:
@@ -86,7 +86,7 @@ def test_inductor_equals_eager(dtype: torch.dtype, m: int) -> None:
     eager = layer(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*Int4OpaqueTensor")  # torch's advice is followed
-        compiled = torch.compile(eager, fullgraph=True)
+        compiled: Any = torch.compile(eager, fullgraph=True)
         assert_close_to_eager(compiled, eager, torch.randn(m, 512).to(dtype))
         assert_close_to_eager(compiled, eager, torch.randn(2, m, 512).to(dtype))
 
@@ -97,7 +97,7 @@ def test_other_modes(mode: str, freezing: bool) -> None:
     """With freezing, max-autotune may take inductor's own int4 template, which reads our bytes."""
     eager = layer(n=128)
     with torch._inductor.config.patch(freezing=freezing):
-        compiled = torch.compile(eager, fullgraph=True, mode=mode)
+        compiled: Any = torch.compile(eager, fullgraph=True, mode=mode)
         for m in (1, 4, 700):
             assert_close_to_eager(compiled, eager, torch.randn(m, 512).bfloat16())
 
@@ -112,7 +112,9 @@ def ops_in_graph(model: Any, x: Tensor) -> set[str]:
     from torch._dynamo.backends.common import aot_autograd
 
     with torch.no_grad():
-        torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x)
+        aot: Any = aot_autograd
+        compiled: Any = torch.compile(model, fullgraph=True, backend=aot(fw_compiler=backend))
+        compiled(x)
     return found
 
 
@@ -126,7 +128,7 @@ def test_few_rows_show_pytorchs_op_in_the_graph(m: int, op: str) -> None:
 
 def test_gradients_through_a_compiled_layer() -> None:
     eager = layer(torch.float32)
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled: Any = torch.compile(eager, fullgraph=True)
     grads = []
     for function in (eager, compiled):
         x = torch.linspace(-1, 1, 9 * 512).view(9, 512).requires_grad_()
@@ -142,7 +144,7 @@ def test_gradients_through_a_compiled_layer() -> None:
 def test_act_pre_scale_and_3d_input_compile() -> None:
     eager = layer(torch.float32)
     eager.weight.act_pre_scale = torch.rand(512) + 0.5
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled: Any = torch.compile(eager, fullgraph=True)
     x = torch.randn(2, 3, 512)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), eager(x), rtol=2.0**-7, atol=1e-3)

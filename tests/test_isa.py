@@ -67,7 +67,8 @@ torch.save(model.state_dict(), f"{folder}/{capability}.state.pt")
 torch.save(model, f"{folder}/{capability}.module.pt")
 pickle.dump(model, open(f"{folder}/{capability}.pickle", "wb"))
 dense = nn.Sequential(nn.Linear(150, 100), nn.ReLU(), nn.Linear(100, 33, bias=False))
-dense.load_state_dict({name: v.dequantize() if v.ndim == 2 else v for name, v in model.state_dict().items()})
+state = model.state_dict()
+dense.load_state_dict({name: v.dequantize() if v.ndim == 2 else v for name, v in state.items()})
 torch.save(dense.state_dict(), f"{folder}/{capability}.dense.pt")
 """
 
@@ -143,7 +144,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_written_under_one_read_under_another(reader: str, written: Path) -> None:
     """All ordered pairs, nine ways to save and load each; no warning, so nothing is slow."""
     writers = [name for name in CAPABILITIES if SUPPORTED[name]]
-    output = run(reader, "-W", "error::UserWarning:torchao_int4cpu", "-c", READ, str(written), reader, *writers)
+    output = run(
+        reader, "-W", "error::UserWarning:torchao_int4cpu", "-c", READ, str(written), reader, *writers
+    )
     assert int(output) == 9 * len(writers)
 
 
@@ -176,9 +179,7 @@ print(native_layout().name)
 def test_compiled_graphs_are_not_shared_between_layouts(
     first: str, second: str, tmp_path: Path
 ) -> None:
-    """One cache on disk, one and the same tensor: PyTorch's op under the first, not under the second."""
+    """One cache on disk, one tensor: PyTorch's op under the first, not under the second."""
     for capability in (first, second):
-        found = run(
-            capability, "-c", FOREIGN, first, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
-        )
+        found = run(capability, "-c", FOREIGN, first, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
         assert found.strip() == capability

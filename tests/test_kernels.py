@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,11 +193,13 @@ def test_a_large_head_is_split() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 9000, 20_000, 10**9])
-def test_the_op_in_pieces_gives_the_same_bits(limit: int) -> None:
+def test_the_op_in_pieces_gives_the_same_bits(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = packed_in(random_groupwise(304, 96, 32), native())
     x = torch.randn(11, 96).bfloat16()
-    whole = decode_module._op_in_pieces(x, weight, OP_INDEX_LIMIT)
-    assert torch.equal(decode_module._op_in_pieces(x, weight, limit), whole)
+    whole = decode_module.int4pack_mm(x, weight.qdata, 32, weight.scale_and_zero)
+    assert torch.equal(decode_module._in_pieces(x, weight, limit), whole)
+    monkeypatch.setattr(decode_module, "OP_INDEX_LIMIT", limit)
+    assert torch.equal(decode(x, weight), whole)
 
 
 # --- memory of prefill --------------------------------------------------------------------------
@@ -270,9 +273,13 @@ def test_extra_memory_is_at_most_64_mib(kernel: str, dtype: str) -> None:
     script = MEMORY_SCRIPT.format(
         m=m, n=n, k=k, kernel=kernel, width=width, columns=columns, dtype=dtype
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    # glibc gives freed memory back at once, so that only what is in use counts.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 64 * 1024
+    assert 4 * 1024 < int(done.stdout) <= 64 * 1024  # a panel alone is 4 MiB: it was measured
 
 
 # --- gradient -----------------------------------------------------------------------------------

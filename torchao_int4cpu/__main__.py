@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torchao
@@ -120,7 +122,7 @@ def run_bench(args: argparse.Namespace) -> int:
         print(", ".join(f"{name} {value}" for name, value in environment.items()))
         print(
             f"{'N':>6} {'K':>6} {'M':>5} {'group':>5} {'dtype':<8} {'kernel':<17} {'ms':>9} {'GB/s':>6}"
-            f" {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6} {'x op':>6}"
+            f" {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6} {'x op':>6} {'error':>7}"
         )
     for row in bench.run(
         args.shapes,
@@ -138,7 +140,8 @@ def run_bench(args: argparse.Namespace) -> int:
         print(
             f"{row.n:>6} {row.k:>6} {row.m:>5} {row.group_size:>5} {row.dtype:<8} {row.kernel:<17}"
             f" {row.ms:>9.4f} {row.weight_gb_per_s:>6.1f} {row.bandwidth_share:>7.0%}"
-            f" {row.gflop_per_s:>8.1f} {row.speed_vs_bf16_linear:>6.2f} {row.speed_vs_aten_op:>6.2f}",
+            f" {row.gflop_per_s:>8.1f} {row.speed_vs_bf16_linear:>6.2f} {row.speed_vs_aten_op:>6.2f}"
+            f" {row.relative_error:>7.1e}",
             flush=True,
         )
     return 0
@@ -179,31 +182,36 @@ def run_demo(args: argparse.Namespace) -> int:
         )
         print(
             f"tokens per second  {generated.tokens_per_second_original:.1f} bf16, "
-            f"{generated.tokens_per_second_quantized:.1f} 4-bit"
+            f"{generated.tokens_per_second_quantized:.1f} 4-bit (both eager, greedy)"
         )
         print(f"4-bit continuation {generated.continuation!r}")
     return 0
 
 
 class _Steps:
-    """The long steps of the demo: a tqdm line where tqdm and a terminal are there, else plain lines."""
+    """The long steps of the demo: a tqdm bar on a terminal, else a line for each step."""
 
     def __enter__(self) -> _Steps:
         warnings.filterwarnings("ignore", module="torch|transformers")
-        self._bar = None
+        self._last = ""
+        self._bar: Any = None
         if sys.stderr.isatty():
-            try:
+            with contextlib.suppress(ImportError):
                 from tqdm import tqdm
-            except ImportError:
-                return self
-            self._bar = tqdm(bar_format="{desc} [{elapsed}]")
+
+                self._bar = tqdm(bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}")
         return self
 
-    def show(self, step: str) -> None:
-        if self._bar is None:
+    def show(self, step: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            if step != self._last:
+                self._bar.reset(total or 1)
+            self._bar.set_description_str(step, refresh=False)
+            self._bar.n = done
+            self._bar.refresh()
+        elif step != self._last:
             print(f"... {step}", file=sys.stderr, flush=True)
-        else:
-            self._bar.set_description_str(step)
+        self._last = step
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_int4cpu.groupwise import GroupwiseInt4
+from torchao_int4cpu.kernels import int4_mm_reference
 from torchao_int4cpu.layout import native_layout
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 
@@ -28,11 +29,14 @@ MAX_PASS_SECONDS = 0.5
 #: A pass over small weights is repeated until it takes about so long, so that the clock is no matter.
 MIN_PASS_SECONDS = 0.01
 
+#: Rows of the activation on which the error is measured; the exact product is slow.
+ERROR_ROWS = 16
+
 #: Bytes that `read_bandwidth` reads at a time.
 BANDWIDTH_BYTES = 512 * 2**20
 
 #: A timed call of a kernel with the i-th weight.
-Call = Callable[[int], object]
+Call = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Row:
         gflop_per_s: 2·M·N·K operations, 1e9 a second.
         speed_vs_bf16_linear: time of ``F.linear`` in bfloat16 divided by ours; above 1 is faster.
         speed_vs_aten_op: time of the raw op in the dtype of the activation divided by ours.
+        relative_error: norm of the error over the norm of the exact product with the dequantized
+            weight, on at most `ERROR_ROWS` rows.
     """
 
     n: int
@@ -64,6 +70,7 @@ class Row:
     gflop_per_s: float
     speed_vs_bf16_linear: float
     speed_vs_aten_op: float
+    relative_error: float
 
 
 def read_bandwidth(passes: int = 7) -> float:
@@ -110,6 +117,7 @@ def run(
                     name: seconds * 1e3
                     for name, seconds in _interleaved(calls, weights.count, passes).items()
                 }
+                errors = {name: weights.relative_error(x, call(0)) for name, call in calls.items()}
             for kernel, value in ms.items():
                 dense = kernel == "bf16 linear"
                 moved = n * k * 2 if dense else weights.packed_bytes
@@ -127,6 +135,7 @@ def run(
                     gflop_per_s=2 * m * n * k / value / 1e6,
                     speed_vs_bf16_linear=ms["bf16 linear"] / value,
                     speed_vs_aten_op=ms["aten op"] / value,
+                    relative_error=errors[kernel],
                 )
 
 
@@ -150,6 +159,12 @@ class _Weights:
         dense = first.dequantize()
         dense_count = max(2, min(self.count, CYCLE_BYTES // dense.nbytes))
         self.dense = [dense] + [dense.clone() for _ in range(dense_count - 1)]
+
+    def relative_error(self, x: Tensor, y: Tensor) -> float:
+        """Of a product with the first weight."""
+        exact = int4_mm_reference(x[:ERROR_ROWS], self.packed[0].packed())
+        error = y[:ERROR_ROWS, : exact.shape[1]].double() - exact
+        return float(error.norm() / exact.norm())
 
     def calls(self, x: Tensor, *, compiled: bool, prototype: bool) -> dict[str, Call]:
         packed, dense = self.packed, self.dense

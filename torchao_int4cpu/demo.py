@@ -41,7 +41,11 @@ SENTENCES = (
     "An injection can prepare the body to fight an infection.",
 )
 
-Progress = Callable[[str], None]
+#: Each language model generates so often; the median speed is reported.
+GENERATE_REPEATS = 3
+
+#: Told of each long step, and how much of it is done out of how much (0 of 0 if that is not known).
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingRep
         MissingExtra: transformers or the model package is not installed.
     """
     transformers = _transformers()
-    progress("loading the MiniLM sentence model")
+    progress("loading the MiniLM sentence model", 0, 0)
     path = _minilm_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     original = transformers.AutoModel.from_pretrained(path).eval()
@@ -110,11 +114,11 @@ def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingRep
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    progress("embedding with the original")
+    progress("embedding with the original", 0, 0)
     before = embed(original)
-    progress("compiling the 4-bit model")
+    progress("compiling the 4-bit model", 0, 0)
     after = embed(compiled)
-    progress("timing both")
+    progress("timing both", 0, 0)
     ms_original, ms_quantized = _medians_ms(lambda: embed(original), lambda: embed(compiled))
     return EmbeddingReport(
         layers=layers,
@@ -140,7 +144,7 @@ def causal(
         ValueError: the prompt is too short.
     """
     transformers = _transformers()
-    progress(f"loading {model}")
+    progress(f"loading {model}", 0, 0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     original = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -159,14 +163,13 @@ def causal(
         tokens = candidate.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return tokens[0, ids.shape[1] :], new_tokens / (time.perf_counter() - start)
 
-    progress("measuring perplexity")
+    progress("measuring perplexity", 0, 0)
     perplexities = perplexity(original), perplexity(quantized)
     speeds: list[list[float]] = [[], []]
-    for repeat in range(3):
-        progress(f"generating with both, {repeat + 1} of 3")
-        for candidate, values in zip((original, quantized), speeds):
-            tokens, speed = generate(candidate)
-            values.append(speed)
+    for turn in range(2 * GENERATE_REPEATS):  # original, quantized, original, ...
+        progress("generating with both", turn, 2 * GENERATE_REPEATS)
+        tokens, speed = generate((original, quantized)[turn % 2])
+        speeds[turn % 2].append(speed)
     return CausalReport(
         layers=layers,
         prompt_tokens=ids.shape[1],
@@ -207,8 +210,17 @@ def _quantized_copy(
     quantized = copy.deepcopy(original)
     linear = [m for m in quantized.modules() if isinstance(m, nn.Linear)]
     before = sum(m.weight.nbytes for m in linear)
-    progress(f"quantizing {len(linear)} linear layers")
-    quantize_(quantized, config)
+    visited = 0
+
+    def is_linear(module: nn.Module, name: str) -> bool:
+        nonlocal visited
+        if not isinstance(module, nn.Linear):
+            return False
+        progress("quantizing linear layers", visited, len(linear))
+        visited += 1
+        return True
+
+    quantize_(quantized, config, filter_fn=is_linear)
     changed = [m.weight for m in linear if isinstance(m.weight, Int4OpaqueTensor)]
     after = sum(m.weight.nbytes for m in linear if not isinstance(m.weight, Int4OpaqueTensor))
     after += sum(w.qdata.nbytes + w.scale_and_zero.nbytes for w in changed)

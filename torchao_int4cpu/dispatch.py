@@ -40,7 +40,6 @@ def implements_function(functions: Sequence[Any]) -> Callable[[Handler], Handler
 
 
 @implements([aten.linear.default])
-@implements_function([F.linear])
 def handle_linear(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     """``input [..., K] · weightᵀ + bias [N]``, see `linear`."""
     return linear(*args, **kwargs)
@@ -69,13 +68,21 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
         )
     if torch.is_autocast_enabled("cpu"):
         input = input.to(torch.get_autocast_dtype("cpu"))
-    _check_linear(input, weight)
+    n, k = weight.shape
+    if not (
+        input.dtype in FLOAT_DTYPES
+        and input.ndim > 0
+        and input.shape[-1] == k
+        and input.device == weight.device
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    ):
+        raise _misfit(input, weight)
 
     activation = input
     if weight.act_pre_scale is not None:
         activation = activation * weight.act_pre_scale.reshape(-1)  # may widen it: rounded once, later
     if input.ndim != 2:
-        activation = activation.reshape(-1, input.shape[-1])
+        activation = activation.reshape(-1, k)
     if _runs_now(activation):
         y = int4_mm(activation, weight.packed())
     else:
@@ -84,7 +91,7 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
         y = y.to(input.dtype)
     if bias is not None:
         y = y.add_(bias)  # y is ours alone, so no second [M, N] is needed
-    return y if input.ndim == 2 else y.reshape(*input.shape[:-1], weight.shape[0])
+    return y if input.ndim == 2 else y.reshape(*input.shape[:-1], n)
 
 
 def _runs_now(activation: Tensor) -> bool:
@@ -97,27 +104,27 @@ def _runs_now(activation: Tensor) -> bool:
     )
 
 
-def _check_linear(input: Tensor, weight: Int4OpaqueTensor) -> None:
+def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
+    """Say which condition of `linear` does not hold."""
     n, k = weight.shape
     if input.dtype not in FLOAT_DTYPES:
-        raise TypeError(
+        return TypeError(
             f"linear got a {input.dtype} activation; convert it to bfloat16, float16 or float32"
         )
     if input.ndim == 0 or input.shape[-1] != k:
-        raise ValueError(
+        return ValueError(
             f"linear got an activation of shape {list(input.shape)} for a 4-bit weight of shape "
             f"{[n, k]}; the last dimension must be K={k}"
         )
     if input.device != weight.device:
-        raise ValueError(
+        return ValueError(
             f"linear got an activation on {input.device} and a 4-bit weight on {weight.device}; "
             "both must be on 'cpu', so move the activation with .to('cpu')"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "linear got a 4-bit weight with requires_grad=True; it is frozen and gets no gradient, "
-            "so call .requires_grad_(False) on it"
-        )
+    return ValueError(
+        "linear got a 4-bit weight with requires_grad=True; it is frozen and gets no gradient, "
+        "so call .requires_grad_(False) on it"
+    )
 
 
 @implements([aten._to_copy.default])
@@ -236,11 +243,14 @@ def handle_function(
     Torch functions are off inside, or each ``weight.shape`` would come back here (8 microseconds in a
     `linear`).
     """
-    handler = Int4OpaqueTensor._TORCH_FN_TABLE[Int4OpaqueTensor].get(func)
+    kwargs = kwargs or {}
     with torch._C.DisableTorchFunctionSubclass():
+        if func is F.linear:  # the hot path: ahead of the table and its wrappers
+            return linear(*args, **kwargs)
+        handler = Int4OpaqueTensor._TORCH_FN_TABLE[Int4OpaqueTensor].get(func)
         if handler is not None:
-            return handler(func, types, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            return handler(func, types, args, kwargs)
+        return func(*args, **kwargs)
 
 
 Int4OpaqueTensor.__torch_dispatch__ = staticmethod(handle_op)

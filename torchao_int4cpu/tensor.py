@@ -234,6 +234,19 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             self.qdata, self.scale_and_zero, self.block_size[1], LAYOUTS[self.qdata_layout], n, k
         )
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """As torchao's, without the loops: a compiled model calls this twice a layer and run."""
+        names = ["qdata", "scale_and_zero"]
+        if self.act_pre_scale is not None:
+            names.append("act_pre_scale")
+        with torch._C.DisableTorchFunctionSubclass():  # else shape and dtype are torch functions
+            return names, {
+                "block_size": self.block_size,
+                "shape": self.shape,
+                "qdata_layout": self.qdata_layout,
+                "dtype": self.dtype,
+            }
+
     def _quantization_type(self) -> str:  # torchao's name; printed with the module
         text = f"shape={list(self.shape)}, group_size={self.block_size[1]}, dtype={self.dtype}"
         if self.act_pre_scale is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchao_int4cpu.kernels.decode import decode
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.kernels.prefill import DENSE_DTYPE, prefill
-from torchao_int4cpu.layout import NibbleLayout, native_layout
+from torchao_int4cpu.layout import LAYOUTS, NibbleLayout, native_layout
 
 
 class DecodeRange(NamedTuple):
@@ -40,6 +40,9 @@ DECODE_RANGES = {
     ("default", torch.bfloat16): DecodeRange(1, 400_000),
     ("default", torch.float32): DecodeRange(1, 400_000),
 }
+
+
+_HERE = {name: DECODE_RANGES[name, DENSE_DTYPE] for name in LAYOUTS}
 
 
 def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
@@ -73,7 +76,7 @@ def choose_kernel(m: int, weight: PackedInt4) -> str:
 
 def decode_max_rows(weight: PackedInt4) -> int:
     """Up to so many rows `decode` is the faster kernel for a weight in this process's layout."""
-    limits = DECODE_RANGES[weight.layout.name, DENSE_DTYPE]
+    limits = _HERE[weight.layout.name]
     return limits.rows + limits.products // (weight.n * weight.k)
 
 
@@ -92,7 +95,7 @@ def kernel_choices() -> list[KernelChoice]:
     if layout is None:
         reason = f"PyTorch's int4 op does not run here; the weight is expanded to {dense}"
         return [KernelChoice("any M", "prefill", reason)]
-    limits = DECODE_RANGES[layout.name, DENSE_DTYPE]
+    limits = _HERE[layout.name]
     border = f"{limits.rows} + {limits.products:.0e} / (N*K)"
     return [
         KernelChoice(
