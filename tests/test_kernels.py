@@ -211,13 +211,16 @@ def test_the_op_in_pieces_gives_the_same_bits(limit: int, monkeypatch: pytest.Mo
     group_size=st.sampled_from([32, 64, 128, 256]),
     half_block=st.sampled_from([8, 16, 24, 32]),
     copies_x=st.booleans(),
+    itemsize=st.sampled_from([2, 4]),
 )
 def test_plans_stay_within_the_budget(
-    m: int, groups: int, group_size: int, half_block: int, copies_x: bool
+    m: int, groups: int, group_size: int, half_block: int, copies_x: bool, itemsize: int
 ) -> None:
     k = groups * group_size
-    plan = plan_prefill(m, k, group_size=group_size, half_block=half_block, copies_x=copies_x)
-    assert plan_bytes(plan, k, copies_x=copies_x) <= PREFILL_MAX_BYTES
+    plan = plan_prefill(
+        m, k, group_size=group_size, half_block=half_block, copies_x=copies_x, itemsize=itemsize
+    )
+    assert plan_bytes(plan, k, copies_x=copies_x, itemsize=itemsize) <= PREFILL_MAX_BYTES
     assert 1 <= plan.rows <= m
     assert plan.columns % half_block == 0
     assert plan.depth % group_size == 0

@@ -80,7 +80,9 @@ def test_the_demo_on_a_language_model(small_llama: Path, capsys: pytest.CaptureF
     assert perplexity is not None
     assert perplexity[1] != perplexity[2]
     assert float(perplexity[1]) == pytest.approx(float(perplexity[2]), rel=0.2)
-    assert re.search(r"tokens per second +[\d.]+ bf16, [\d.]+ 4-bit", captured.out)
+    assert re.search(
+        r"tokens per second +[\d.]+ bf16 \(eager\), [\d.]+ 4-bit \(compiled\)", captured.out
+    )
     assert "... generating with both" in captured.err
 
 

@@ -181,8 +181,8 @@ def run_demo(args: argparse.Namespace) -> int:
             f"{generated.perplexity_quantized:.3f} 4-bit, on {generated.prompt_tokens} tokens"
         )
         print(
-            f"tokens per second  {generated.tokens_per_second_original:.1f} bf16, "
-            f"{generated.tokens_per_second_quantized:.1f} 4-bit (both eager, greedy)"
+            f"tokens per second  {generated.tokens_per_second_original:.1f} bf16 (eager), "
+            f"{generated.tokens_per_second_quantized:.1f} 4-bit (compiled)"
         )
         print(f"4-bit continuation {generated.continuation!r}")
     return 0

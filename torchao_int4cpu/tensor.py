@@ -148,11 +148,13 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             )
         layout = native_layout() or LAYOUTS["default"]
         # The padding is code 8 with scale and zero 0: weights that are exactly 0.
-        codes = F.pad(groupwise.codes, (0, padded_k - k, 0, padded_n - n), value=CODE_OFFSET)
-        scale_and_zero = F.pad(scale_and_zero, (0, 0, 0, padded_n - n)).contiguous()
+        codes = groupwise.codes
+        if (padded_n, padded_k) != (n, k):
+            codes = F.pad(codes, (0, padded_k - k, 0, padded_n - n), value=CODE_OFFSET)
+            scale_and_zero = F.pad(scale_and_zero, (0, 0, 0, padded_n - n))
         return cls(
             pack(codes.contiguous(), layout),
-            scale_and_zero,
+            scale_and_zero.contiguous(),
             [1, group_size],
             (n, k),
             layout.name,

@@ -26,21 +26,24 @@ class DecodeRange(NamedTuple):
     products: int
 
 
-#: By layout and by the dtype of the dense product. All measured on 2 cores of an EPYC 9004, group 128
-#: or 32, bfloat16 activations; ms of decode / prefill.
-#: N=K=4096: avx512 and bfloat16 M=64 12.5 / 11.8; avx512 and float32 M=256 49 / 53; avx2 and bfloat16
-#: M=32 9.8 / 10.9, 48 14.7 / 11.7; avx2 and float32 M=64 19.5 / 20.5, 96 29.4 / 26.0; default M=1
-#: 15.0 / 22.4 and 16.0 / 14.0, M=2 33.7 / 22.8 and 34.4 / 13.8.
-#: N=K=384, avx512 and bfloat16: M=200 0.36 / 0.55, M=1000 1.78 / 1.13.
+#: By layout and by the dtype of the dense product: where `prefill` is ahead even while others use the
+#: shared cache. Measured with N=K=4096, group 128, bfloat16 activations on 2 cores of an EPYC 9004, ms
+#: of decode / prefill on a quiet and on a busy machine:
+#: avx512, bfloat16: M=64 12.5 / 12.2 and 14.4, M=80 15.5 / 14.5 and 19.4, M=96 18.6 / 16.0 and 20.2.
+#: avx512, float32: M=384 74 / 83, M=1024 199 / 200. avx2, bfloat16: M=32 9.8 / 10.9 and 18.3,
+#: M=48 14.7 / 11.7 and 19.6. avx2, float32: M=64 19.5 / 20.5 and 23.5, M=80 24.3 / 23.5 and 26.0.
+#: default, bfloat16: M=1 15.0 / 22.4 and 42, M=2 33.6 / 22.8 and 40. default, float32: M=1 15 / 14 and
+#: 16, M=2 34 / 14 and 18. Small weights, avx512, bfloat16, group 32: N=K=384 M=300 0.53 / 0.56, M=400
+#: 0.71 / 0.63; 1536 x 384 M=100 0.71 / 0.74, M=150 1.06 / 0.91; default, N=K=384: M=2 0.31 / 0.38, M=4
+#: 0.61 / 0.41.
 DECODE_RANGES = {
-    ("avx512", torch.bfloat16): DecodeRange(60, 50_000_000),
-    ("avx512", torch.float32): DecodeRange(256, 50_000_000),
-    ("avx2", torch.bfloat16): DecodeRange(36, 50_000_000),
-    ("avx2", torch.float32): DecodeRange(68, 50_000_000),
-    ("default", torch.bfloat16): DecodeRange(1, 400_000),
-    ("default", torch.float32): DecodeRange(1, 400_000),
+    ("avx512", torch.bfloat16): DecodeRange(80, 40_000_000),
+    ("avx512", torch.float32): DecodeRange(1024, 40_000_000),
+    ("avx2", torch.bfloat16): DecodeRange(48, 40_000_000),
+    ("avx2", torch.float32): DecodeRange(80, 40_000_000),
+    ("default", torch.bfloat16): DecodeRange(2, 300_000),
+    ("default", torch.float32): DecodeRange(1, 300_000),
 }
-
 
 _HERE = {name: DECODE_RANGES[name, DENSE_DTYPE] for name in LAYOUTS}
 

@@ -6,6 +6,9 @@ memory. Also here, because it needs the same panels: the gradient with respect t
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,18 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchao_int4cpu.groupwise import CODE_OFFSET
+from torchao_int4cpu.groupwise import CODE_OFFSET, GROUP_SIZES
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.layout import Segment, segments
 
 #: Extra memory that one `prefill` may take.
 PREFILL_MAX_BYTES = 48 * 2**20
 
-#: Size of a panel, where memory allows: its buffers are to stay in the last cache. With K=4096, M=64
-#: panels of 128 / 256 / 512 columns took 14.7 / 11.8 / 12.2 ms, with K=14336 43.7 / 53.9 / 62.4.
-PANEL_ELEMENTS = 2**20
+#: Size of a panel, where memory allows: the buffers of a pair are to stay in the last cache. K=4096:
+#: panels of 2^20 / 2^21 / 2^22 weights took 31.7 / 29.2 / 28.3 ms for M=256, 107 / 100 / 101 for 1024.
+PANEL_ELEMENTS = 2**21
 PANEL_MIN_COLUMNS = 128
 PANEL_MAX_COLUMNS = 1024
+
+#: Weights that are expanded at a time. Fewer stay in a smaller cache but call torch more often: 2^17 /
+#: 2^18 / 2^19 / 2^20 took 14.7 / 13.2 / 12.2 / 11.9 ms in the same run.
+EXPAND_ELEMENTS = 2**19
+
+#: A scratch memory that is no larger is kept between calls, one for each thread that multiplies.
+SCRATCH_MAX_BYTES = 24 * 2**20
 
 
 def _dense_dtype() -> torch.dtype:
@@ -57,6 +67,7 @@ def plan_prefill(
     group_size: int,
     half_block: int,
     copies_x: bool,
+    itemsize: int,
     budget: int = PREFILL_MAX_BYTES,
 ) -> PrefillPlan:
     """Cut a product so that its temporaries stay within ``budget`` bytes.
@@ -67,14 +78,15 @@ def plan_prefill(
         group_size: ``depth`` is a multiple of it.
         half_block: ``columns`` is a multiple of it: a panel holds either the low or the high nibbles
             of whole blocks.
-        copies_x: whether x must be converted (each chunk of rows is, once).
+        copies_x: whether x must be converted or made contiguous (each chunk of rows is, once).
+        itemsize: bytes of an element of the dense product.
         budget: bytes. `plan_bytes` of the result is at most that, unless a single row of x, or a
             single block and group, is larger.
     """
 
     def fits(rows: int, columns: int, depth: int) -> bool:
         plan = PrefillPlan(rows, columns, depth)
-        return plan_bytes(plan, k, copies_x=copies_x) <= budget
+        return plan_bytes(plan, k, copies_x=copies_x, itemsize=itemsize) <= budget
 
     wanted = min(PANEL_MAX_COLUMNS, max(PANEL_MIN_COLUMNS, PANEL_ELEMENTS // k))
     columns = max(half_block, wanted // half_block * half_block)
@@ -90,12 +102,13 @@ def plan_prefill(
     return PrefillPlan(rows, columns, depth)
 
 
-def plan_bytes(plan: PrefillPlan, k: int, *, copies_x: bool) -> int:
+def plan_bytes(plan: PrefillPlan, k: int, *, copies_x: bool, itemsize: int) -> int:
     """Upper bound of the temporary memory of a plan, in bytes."""
     rows, columns, depth = plan
-    panel = depth * columns * (1 + 1 + 4 + 2)  # as in _Buffers
-    product = rows * columns * (4 + 4 + 2 * 4)  # both halves, a piece of K, padded columns
-    return panel + product + (rows * k * 4 if copies_x else 0)
+    panels = 2 * depth * columns * itemsize
+    steps = max(EXPAND_ELEMENTS, columns * max(GROUP_SIZES)) * (1 + 1 + 4)
+    product = rows * columns * (4 + 2 * 4 + 2 * 4)  # one, two sums over K, both if N is padded
+    return panels + steps + product + (rows * k * itemsize if copies_x else 0)
 
 
 def prefill(x: Tensor, weight: PackedInt4) -> Tensor:
@@ -107,9 +120,10 @@ def prefill(x: Tensor, weight: PackedInt4) -> Tensor:
     dtype = _dense_dtype_now()
     out = x.new_empty(x.shape[0], weight.n)
     for seg in segments(weight.qdata.shape[0], weight.layout):
-        plan = _plan_for(x.shape[0], weight, seg, copies_x=x.dtype != dtype)
+        copies_x = x.dtype != dtype or not x.is_contiguous()
+        plan = _plan_for(x.shape[0], weight, seg, dtype, copies_x=copies_x)
         for x_rows, out_rows in zip(x.split(plan.rows), out.split(plan.rows)):
-            _prefill_segment(x_rows.to(dtype), weight, seg, plan, out_rows)
+            _prefill_segment(x_rows.to(dtype).contiguous(), weight, seg, plan, out_rows)
     return out
 
 
@@ -118,7 +132,13 @@ def _dense_dtype_now() -> torch.dtype:
 
 
 def _plan_for(
-    m: int, weight: PackedInt4, seg: Segment, *, copies_x: bool, budget: int = PREFILL_MAX_BYTES
+    m: int,
+    weight: PackedInt4,
+    seg: Segment,
+    dtype: torch.dtype,
+    *,
+    copies_x: bool,
+    budget: int = PREFILL_MAX_BYTES,
 ) -> PrefillPlan:
     return plan_prefill(
         m,
@@ -126,6 +146,7 @@ def _plan_for(
         group_size=weight.group_size,
         half_block=seg.rows // 2,
         copies_x=copies_x,
+        itemsize=dtype.itemsize,
         budget=budget,
     )
 
@@ -133,50 +154,51 @@ def _plan_for(
 def _prefill_segment(
     x: Tensor, weight: PackedInt4, seg: Segment, plan: PrefillPlan, out: Tensor
 ) -> None:
-    for panels in _panels(weight, seg, plan, x.dtype):
+    for panels in _panels(weight, seg, plan, x.dtype, products=len(x)):
         wide = out[:, panels.start : panels.stop]
         padded = wide.shape[1] < panels.stop - panels.start
         target = out.new_empty(len(x), panels.stop - panels.start) if padded else wide
         halves = target.unflatten(1, (-1, 2, seg.distance))
-        products: dict[int, Tensor] = {}
-        for columns, nibble, panel in panels.expand():
-            part = torch.mm(x[:, columns], panel)
-            if columns.stop < weight.k or columns.start:  # K in pieces: add them up in float32
-                part = part.float()
-            products[nibble] = part if columns.start == 0 else products[nibble].add_(part)
-        for nibble, product in products.items():
-            halves[:, :, nibble].copy_(product.view(len(x), -1, seg.distance))
+        in_pieces = plan.depth < weight.k
+        totals = [torch.zeros(panels.product.shape) for _ in range(2)] if in_pieces else []  # float32
+        for columns, pair in panels.expand():
+            for nibble, panel in enumerate(pair):
+                product = torch.mm(x[:, columns], panel, out=panels.product)
+                if in_pieces:
+                    product = totals[nibble].add_(product)
+                if columns.stop == weight.k:
+                    halves[:, :, nibble].copy_(product.view(len(x), -1, seg.distance))
         if padded:
             wide.copy_(target[:, : wide.shape[1]])
 
 
-class _Buffers(NamedTuple):
-    """Memory in which every panel of a product is built, ``[depth, columns]`` each."""
-
-    joined: Tensor  # uint8, the bytes of a panel; both of its halves are expanded from them
-    nibbles: Tensor  # uint8
-    exact: Tensor  # float32
-    panel: Tensor  # dtype of the product; the same memory as `exact` if that is float32
-
-    @classmethod
-    def allocate(cls, depth: int, columns: int, dtype: torch.dtype) -> _Buffers:
-        exact = torch.empty(depth, columns, dtype=torch.float32)
-        return cls(
-            torch.empty(depth, columns, dtype=torch.uint8),
-            torch.empty(depth, columns, dtype=torch.uint8),
-            exact,
-            exact if dtype == torch.float32 else torch.empty(depth, columns, dtype=dtype),
-        )
-
-    def part(self, depth: int, columns: int) -> _Buffers:
-        return _Buffers(*(t.view(-1)[: depth * columns].view(depth, columns) for t in self))
+def _panels(
+    weight: PackedInt4, seg: Segment, plan: PrefillPlan, dtype: torch.dtype, *, products: int
+) -> Iterator[_Panels]:
+    """Cut a segment into panels; they share buffers, with a product of ``products`` rows."""
+    half_block = seg.rows // 2
+    blocks = min(seg.blocks, plan.columns // half_block)
+    for start in range(0, seg.blocks, blocks):
+        chosen = slice(start, min(seg.blocks, start + blocks))
+        yield _Panels(weight, seg, chosen, plan.depth, dtype, products)
 
 
 class _Panels:
-    """Rows ``start:stop`` of the weight (whole blocks), expanded on demand."""
+    """Rows ``start:stop`` of the weight (whole blocks), expanded on demand.
+
+    Attributes:
+        start, stop: rows of the weight.
+        product: a buffer for the product of ``products`` rows with one panel.
+    """
 
     def __init__(
-        self, weight: PackedInt4, seg: Segment, blocks: slice, depth: int, buffers: _Buffers
+        self,
+        weight: PackedInt4,
+        seg: Segment,
+        blocks: slice,
+        depth: int,
+        dtype: torch.dtype,
+        products: int,
     ) -> None:
         self.start = seg.start + blocks.start * seg.rows
         self.stop = seg.start + blocks.stop * seg.rows
@@ -184,49 +206,85 @@ class _Panels:
         self._bytes = seg.byte_view(weight.qdata)[blocks]
         self._distance = seg.distance
         self._depth = depth
-        self._buffers = buffers
+        width = (self.stop - self.start) // 2
+        group_size = weight.group_size
+        self._step = min(depth, max(1, EXPAND_ELEMENTS // (width * group_size)) * group_size)
+        self._pair, self._joined, self._nibbles, self._exact, self.product = _scratch.take(
+            ((2, depth, width), dtype),
+            ((self._step, width), torch.uint8),
+            ((self._step, width), torch.uint8),
+            ((self._step, width), torch.float32),
+            ((products, width), dtype),
+        )
 
-    def expand(self) -> Iterator[tuple[slice, int, Tensor]]:
-        """Yield (columns of W, nibble, panel ``[columns, rows of W in that nibble]``).
+    def expand(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (columns of W, pair of panels ``[2, columns, rows]``) until K is covered.
 
-        Each panel is a buffer that the next one overwrites.
+        The first of a pair holds the rows in the low nibbles, the second those in the high ones. It
+        is a buffer that the next pair overwrites.
         """
-        k, group_size = self._weight.k, self._weight.group_size
-        padded_k = self._bytes.shape[1]
-        qparams = self._qparams(0), self._qparams(1)
+        k, padded_k = self._weight.k, self._bytes.shape[1]
+        qparams = self._qparams()
         for start in range(0, k, self._depth):
             stop = min(padded_k, start + self._depth)
-            columns = slice(start, min(stop, k))
-            groups = slice(start // group_size, stop // group_size)
-            joined = self._bytes[:, start:stop].transpose(0, 1)  # [columns, blocks, bytes]
-            buffers = self._buffers.part(stop - start, (self.stop - self.start) // 2)
-            buffers.joined.view(joined.shape).copy_(joined)
-            for nibble, (scale, offset) in enumerate(qparams):
-                torch.bitwise_and(buffers.joined, 0xF0 if nibble else 0x0F, out=buffers.nibbles)
-                exact = buffers.exact.copy_(buffers.nibbles).unflatten(0, (-1, group_size))
-                torch.addcmul(offset[groups], exact, scale[groups], out=exact)
-                if buffers.panel.dtype != torch.float32:
-                    buffers.panel.copy_(buffers.exact)
-                yield columns, nibble, buffers.panel[: columns.stop - start]
+            for column in range(start, stop, self._step):
+                columns = slice(column, min(stop, column + self._step))
+                self._expand_into(self._pair[:, column - start :], columns, qparams)
+            yield slice(start, min(stop, k)), self._pair[:, : min(stop, k) - start]
 
-    def _qparams(self, nibble: int) -> tuple[Tensor, Tensor]:
-        """Float32 (scale, offset), ``[groups, 1, rows]``, so that w = scale * nibble + offset."""
-        rows = self._weight.scale_and_zero[:, self.start : self.stop].float()
-        rows = rows.unflatten(1, (-1, 2, self._distance))[:, :, nibble]
-        scale, zero = rows.reshape(len(rows), 1, -1, 2).unbind(-1)
+    def _expand_into(self, pair: Tensor, columns: slice, qparams: tuple[Tensor, Tensor]) -> None:
+        """Expand a few columns, so that the intermediate steps stay in a cache."""
+        group_size = self._weight.group_size
+        depth = columns.stop - columns.start
+        groups = slice(columns.start // group_size, columns.stop // group_size)
+        bytes_first = self._bytes[:, columns].transpose(0, 1)  # [columns, blocks, bytes]
+        joined, nibbles, exact = (t[:depth] for t in (self._joined, self._nibbles, self._exact))
+        joined.view(bytes_first.shape).copy_(bytes_first)
+        grouped = exact.unflatten(0, (-1, group_size))
+        for panel, mask, (scale, offset) in zip(pair, (0x0F, 0xF0), zip(*qparams)):
+            torch.bitwise_and(joined, mask, out=nibbles)
+            exact.copy_(nibbles)
+            torch.addcmul(offset[groups], grouped, scale[groups], out=grouped)
+            panel[:depth].copy_(exact)
+
+    def _qparams(self) -> tuple[Tensor, Tensor]:
+        """Float32 (scale, offset), ``[2, groups, 1, rows]``, so that w = scale * nibble + offset."""
+        rows = self._weight.scale_and_zero[:, self.start : self.stop]
+        rows = rows.unflatten(1, (-1, 2, self._distance)).permute(4, 2, 0, 1, 3)
+        scale, offset = rows.float().flatten(3).unsqueeze(3).contiguous()
+        offset.sub_(scale, alpha=CODE_OFFSET)
         # The high nibble is left where it is in its byte, which makes its code 16 times as large.
-        return (scale / 16 if nibble else scale).contiguous(), zero - CODE_OFFSET * scale
+        scale[1] /= 16
+        return scale, offset
 
 
-def _panels(
-    weight: PackedInt4, seg: Segment, plan: PrefillPlan, dtype: torch.dtype
-) -> Iterator[_Panels]:
-    half_block = seg.rows // 2
-    blocks = min(seg.blocks, plan.columns // half_block)
-    buffers = _Buffers.allocate(plan.depth, blocks * half_block, dtype)
-    for start in range(0, seg.blocks, blocks):
-        chosen = slice(start, min(seg.blocks, start + blocks))
-        yield _Panels(weight, seg, chosen, plan.depth, buffers)
+class _Scratch(threading.local):
+    """Memory in which this thread builds its panels, kept between calls.
+
+    Fresh memory is mapped page by page as it is first written: a product of 64 rows with a 4096 x
+    4096 weight took 19 ms with, and 12 ms without that (2 cores of an EPYC 9004).
+    """
+
+    def __init__(self) -> None:
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, *requests: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+        """Return one buffer for each (shape, dtype); they are valid until the next call."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in requests]
+        offsets = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]
+        arena = self._arena
+        if arena.nbytes < offsets[-1]:
+            with torch.inference_mode(False):  # else it could not be written outside that mode
+                arena = torch.empty(offsets[-1], dtype=torch.uint8)
+            if arena.nbytes <= SCRATCH_MAX_BYTES:
+                self._arena = arena
+        return [
+            arena[offset : offset + size].view(dtype).view(shape)
+            for offset, size, (shape, dtype) in zip(offsets, sizes, requests)
+        ]
+
+
+_scratch = _Scratch()
 
 
 def int4_mm_grad(grad: Tensor, weight: PackedInt4) -> Tensor:
@@ -241,13 +299,14 @@ def int4_mm_grad(grad: Tensor, weight: PackedInt4) -> Tensor:
     for grad_rows, out_rows in zip(grad.split(rows), out.split(rows)):
         total = torch.zeros(out_rows.shape, dtype=torch.float32)
         for seg in segments(weight.qdata.shape[0], weight.layout):
-            plan = _plan_for(rows, weight, seg, copies_x=False, budget=budget)
-            for panels in _panels(weight, seg, plan, dtype):
+            plan = _plan_for(rows, weight, seg, dtype, copies_x=False, budget=budget)
+            for panels in _panels(weight, seg, plan, dtype, products=0):
                 wide = grad_rows[:, panels.start : panels.stop].to(dtype)
                 wide = F.pad(wide, (0, panels.stop - panels.start - wide.shape[1]))
                 halves = wide.unflatten(1, (-1, 2, seg.distance))
-                for columns, nibble, panel in panels.expand():
-                    chosen = halves[:, :, nibble].reshape(len(wide), -1)
-                    total[:, columns] += torch.mm(chosen, panel.t())
+                for columns, pair in panels.expand():
+                    for nibble, panel in enumerate(pair):
+                        chosen = halves[:, :, nibble].reshape(len(wide), -1)
+                        total[:, columns] += torch.mm(chosen, panel.t())
         out_rows.copy_(total)
     return out
