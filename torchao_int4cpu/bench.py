@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,15 @@ ERROR_ROWS = 16
 #: Bytes that `read_bandwidth` reads at a time.
 BANDWIDTH_BYTES = 512 * 2**20
 
-#: A timed call of a kernel with the i-th weight.
-Call = Callable[[int], Tensor]
+#: Layers that are compiled together, as in a model: a graph of one layer would mostly time its call.
+COMPILED_LAYERS = 8
+
+
+class Kernel(NamedTuple):
+    """What is timed: ``call(i)`` runs the i-th run of ``layers`` weights, and returns one product."""
+
+    call: Callable[[int], Tensor]
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,14 +120,14 @@ def run(
         for m in rows:
             x = torch.randn(m, k, dtype=torch.float32).to(dtype)
             with torch.no_grad():
-                calls = weights.calls(x, compiled=compiled, prototype=prototype)
-                ms = {
-                    name: seconds * 1e3
-                    for name, seconds in _interleaved(calls, weights.count, passes).items()
+                kernels = weights.kernels(x, compiled=compiled, prototype=prototype)
+                times = _interleaved(kernels, weights.count, passes)
+                ms = {name: seconds * 1e3 for name, seconds in times.items()}
+                errors = {
+                    name: weights.relative_error(x, kernel.call(0)) for name, kernel in kernels.items()
                 }
-                errors = {name: weights.relative_error(x, call(0)) for name, call in calls.items()}
-            for kernel, value in ms.items():
-                dense = kernel == "bf16 linear"
+            for name, value in ms.items():
+                dense = name == "bf16 linear"
                 moved = n * k * 2 if dense else weights.packed_bytes
                 rate = moved / value / 1e6
                 yield Row(
@@ -128,14 +136,14 @@ def run(
                     m=m,
                     group_size=group_size,
                     dtype="bfloat16" if dense else str(dtype).removeprefix("torch."),
-                    kernel=kernel,
+                    kernel=name,
                     ms=value,
                     weight_gb_per_s=rate,
                     bandwidth_share=rate / bandwidth,
                     gflop_per_s=2 * m * n * k / value / 1e6,
                     speed_vs_bf16_linear=ms["bf16 linear"] / value,
                     speed_vs_aten_op=ms["aten op"] / value,
-                    relative_error=errors[kernel],
+                    relative_error=errors[name],
                 )
 
 
@@ -153,8 +161,8 @@ class _Weights:
             )
         )
         self.packed_bytes = first.qdata.nbytes + first.scale_and_zero.nbytes
-        self.count = max(2, CYCLE_BYTES // self.packed_bytes) if n * k > 2**18 else 2
-        self.count = min(self.count, 64)
+        cycled = min(64, CYCLE_BYTES // self.packed_bytes) // COMPILED_LAYERS * COMPILED_LAYERS
+        self.count = max(COMPILED_LAYERS, cycled)
         self.packed = [first] + [first.clone() for _ in range(self.count - 1)]
         dense = first.dequantize()
         dense_count = max(2, min(self.count, CYCLE_BYTES // dense.nbytes))
@@ -166,7 +174,7 @@ class _Weights:
         error = y[:ERROR_ROWS, : exact.shape[1]].double() - exact
         return float(error.norm() / exact.norm())
 
-    def calls(self, x: Tensor, *, compiled: bool, prototype: bool) -> dict[str, Call]:
+    def kernels(self, x: Tensor, *, compiled: bool, prototype: bool) -> dict[str, Kernel]:
         packed, dense = self.packed, self.dense
         k = packed[0].shape[1]
         padded = F.pad(x, (0, packed[0].qdata.shape[1] * 2 - k))
@@ -174,19 +182,24 @@ class _Weights:
         group_size = packed[0].block_size[1]
         scales = [w.scale_and_zero.to(x.dtype) for w in packed]  # the raw op wants x's dtype
         op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        calls: dict[str, Call] = {
-            "bf16 linear": lambda i: F.linear(bf16, dense[i % len(dense)]),
-            "aten op": lambda i: op(padded, packed[i].qdata, group_size, scales[i]),
-            "ours": lambda i: F.linear(x, packed[i]),
+        kernels = {
+            "bf16 linear": Kernel(lambda i: F.linear(bf16, dense[i % len(dense)])),
+            "aten op": Kernel(lambda i: op(padded, packed[i].qdata, group_size, scales[i])),
+            "ours": Kernel(lambda i: F.linear(x, packed[i])),
         }
         if prototype:
             upstream = [_prototype(w) for w in packed]
-            calls["torchao prototype"] = lambda i: F.linear(bf16, upstream[i])
+            kernels["torchao prototype"] = Kernel(lambda i: F.linear(bf16, upstream[i]))
         if compiled:
             torch.compiler.reset()
-            fast = torch.compile(lambda t, w: F.linear(t, w), fullgraph=True, dynamic=False)
-            calls["ours compiled"] = lambda i: fast(x, packed[i])
-        return calls
+            several = torch.compile(
+                lambda t, ws: [F.linear(t, w) for w in ws], fullgraph=True, dynamic=False
+            )
+            size = COMPILED_LAYERS
+            kernels["ours compiled"] = Kernel(
+                lambda i: several(x, packed[i * size : (i + 1) * size])[0], size
+            )
+        return kernels
 
 
 def _prototype(w: Int4OpaqueTensor) -> Tensor:
@@ -196,35 +209,36 @@ def _prototype(w: Int4OpaqueTensor) -> Tensor:
     return tensor
 
 
-def _interleaved(calls: dict[str, Call], count: int, passes: int) -> dict[str, float]:
-    """Median seconds of one call, over ``passes`` passes in which each kernel has its turn."""
-    turns = {name: _Turn.fitting(call, count) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+def _interleaved(kernels: dict[str, Kernel], count: int, passes: int) -> dict[str, float]:
+    """Median seconds of one layer, over ``passes`` passes in which each kernel has its turn."""
+    turns = {name: _Turn.fitting(kernel, count) for name, kernel in kernels.items()}
+    samples: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(passes):
         for name, turn in turns.items():
-            samples[name].append(_seconds(turn.run) / (turn.cycled * turn.repeats))
+            layers = turn.cycled * turn.repeats * turn.kernel.layers
+            samples[name].append(_seconds(turn.run) / layers)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What one pass does with one kernel: so many weights after each other, so many times."""
+    """What one pass does with one kernel: so many calls after each other, so many times."""
 
-    call: Call
+    kernel: Kernel
     cycled: int
     repeats: int
 
     @classmethod
-    def fitting(cls, call: Call, count: int) -> _Turn:
-        call(0)  # allocations, primitives, compilation
-        once = min(_seconds(lambda i=i: call(i % count)) for i in range(3))  # type: ignore[misc]
-        cycled = max(1, min(count, int(MAX_PASS_SECONDS / once)))
-        return cls(call, cycled, max(1, int(MIN_PASS_SECONDS / (once * cycled))))
+    def fitting(cls, kernel: Kernel, count: int) -> _Turn:
+        kernel.call(0)  # allocations, primitives, compilation
+        once = min(_seconds(lambda: kernel.call(0)) for _ in range(3))
+        cycled = max(1, min(count // kernel.layers, int(MAX_PASS_SECONDS / once)))
+        return cls(kernel, cycled, max(1, int(MIN_PASS_SECONDS / (once * cycled))))
 
     def run(self) -> None:
         for _ in range(self.repeats):
             for i in range(self.cycled):
-                self.call(i)
+                self.kernel.call(i)
 
 
 def _seconds(work: Callable[[], object]) -> float:
