@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,6 +286,48 @@ def test_extra_memory_is_at_most_64_mib(kernel: str, dtype: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert 4 * 1024 < int(done.stdout) <= 64 * 1024  # a panel alone is 4 MiB: it was measured
+
+
+def test_threads_do_not_share_scratch_memory() -> None:
+    """Products of different sizes at the same time; torch releases the lock in every call."""
+    weights = [packed_in(random_groupwise(n, 256, 32, seed=n), native()) for n in (100, 300, 700)]
+    xs = [torch.randn(m, 256) for m in (50, 200, 90)]
+    expected = [prefill(x, weight) for x, weight in zip(xs, weights)]
+
+    def work(index: int) -> bool:
+        results = [prefill(xs[index], weights[index]) for _ in range(30)]
+        return all(torch.equal(result, expected[index]) for result in results)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, [0, 1, 2]))
+
+
+def test_scratch_memory_made_in_inference_mode_serves_outside_of_it() -> None:
+    weight = packed_in(random_groupwise(100, 256, 32), native())
+    x = torch.randn(50, 256)
+
+    def work() -> bool:
+        with torch.inference_mode():
+            inside = prefill(x, weight).clone()
+        return torch.equal(prefill(x, weight), inside)
+
+    with ThreadPoolExecutor(1) as pool:  # a new thread has no scratch memory yet
+        assert pool.submit(work).result()
+
+
+def test_scratch_memory_is_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = prefill_module._Scratch()
+    (first,) = scratch.take(((10, 10), torch.float32))
+    (again,) = scratch.take(((5, 10), torch.bfloat16))
+    assert first.data_ptr() == again.data_ptr()
+    monkeypatch.setattr(prefill_module, "SCRATCH_MAX_BYTES", 1000)
+    parts = scratch.take(((1000,), torch.float32), ((3,), torch.uint8), ((7,), torch.float32))
+    assert [part.shape for part in parts] == [(1000,), (3,), (7,)]
+    starts = [part.data_ptr() for part in parts]
+    assert starts == sorted(starts)
+    assert all(start % 4 == 0 for start in starts)
+    (kept,) = scratch.take(((10, 10), torch.float32))
+    assert kept.data_ptr() == first.data_ptr()  # the large one was not kept
 
 
 # --- gradient -----------------------------------------------------------------------------------

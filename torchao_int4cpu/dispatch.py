@@ -132,15 +132,7 @@ def handle_to_copy(
     func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
 ) -> Int4OpaqueTensor:
     """``.to``, ``.half``, ``.float``, ``.bfloat16``: change the logical dtype, or go to 'meta'."""
-    t: Int4OpaqueTensor = args[0]
-    device = torch.device(kwargs.get("device") or t.device)
-    if device.type not in ("cpu", "meta"):
-        raise _wrong_device(device)
-    parts = {
-        name: part.to(device=device, copy=True) if part is not None else None
-        for name, part in _parts(t).items()
-    }
-    new = _rewrap(t, parts, dtype=kwargs.get("dtype") or t.dtype)
+    new = _converted(args[0], kwargs, lambda part, device: part.to(device=device, copy=True))
     correct: Int4OpaqueTensor = return_and_correct_aliasing(func, args, kwargs, new)
     return correct
 
@@ -166,15 +158,7 @@ def handle_empty_like(
     func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
 ) -> Int4OpaqueTensor:
     """`torch.empty_like`, which ``module.to_empty(device=...)`` calls."""
-    t: Int4OpaqueTensor = args[0]
-    device = torch.device(kwargs.get("device") or t.device)
-    if device.type not in ("cpu", "meta"):
-        raise _wrong_device(device)
-    parts = {
-        name: torch.empty_like(part, device=device) if part is not None else None
-        for name, part in _parts(t).items()
-    }
-    return _rewrap(t, parts, dtype=kwargs.get("dtype") or t.dtype)
+    return _converted(args[0], kwargs, lambda part, device: torch.empty_like(part, device=device))
 
 
 @implements([aten.copy_.default])
@@ -275,23 +259,22 @@ def stable_hash(t: Int4OpaqueTensor) -> str:
 Int4OpaqueTensor._stable_hash_for_caching = stable_hash
 
 
-def _parts(t: Int4OpaqueTensor) -> dict[str, Tensor | None]:
-    return {
-        "qdata": t.qdata,
-        "scale_and_zero": t.scale_and_zero,
-        "act_pre_scale": t.act_pre_scale,
-    }
-
-
-def _rewrap(
-    t: Int4OpaqueTensor, parts: dict[str, Tensor | None], dtype: torch.dtype
+def _converted(
+    t: Int4OpaqueTensor, kwargs: Kwargs, convert: Callable[[Tensor, torch.device], Tensor]
 ) -> Int4OpaqueTensor:
+    """A tensor of converted parts, with the ``device`` and the logical ``dtype`` of ``kwargs``."""
+    device = torch.device(kwargs.get("device") or t.device)
+    if device.type not in ("cpu", "meta"):
+        raise _wrong_device(device)
+    scale = t.act_pre_scale
     return Int4OpaqueTensor(
-        **parts,  # type: ignore[arg-type]
-        block_size=t.block_size,
-        shape=t.shape,
-        qdata_layout=t.qdata_layout,
-        dtype=dtype,
+        convert(t.qdata, device),
+        convert(t.scale_and_zero, device),
+        t.block_size,
+        t.shape,
+        t.qdata_layout,
+        kwargs.get("dtype") or t.dtype,
+        None if scale is None else convert(scale, device),
     )
 
 
