@@ -203,6 +203,28 @@ def test_the_op_in_pieces_gives_the_same_bits(limit: int, monkeypatch: pytest.Mo
     assert torch.equal(decode(x, weight), whole)
 
 
+def test_decode_never_gives_the_op_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed_in(random_groupwise(304, 96, 32), native())
+    x = torch.randn(11, 96).bfloat16()
+    seen: list[int] = []
+    real = decode_module.int4pack_mm
+
+    def spy(x: Tensor, qdata: Tensor, group_size: int, qparams: Tensor) -> Tensor:
+        n, k = qdata.shape[0], qdata.shape[1] * 2
+        seen.append(max(x.shape[0] * n, x.shape[0] * k, n * k // 2))
+        result: Tensor = real(x, qdata, group_size, qparams)
+        return result
+
+    monkeypatch.setattr(decode_module, "int4pack_mm", spy)
+    decode(x, weight)
+    assert seen == [304 * 96 // 2]
+    seen.clear()
+    monkeypatch.setattr(decode_module, "OP_INDEX_LIMIT", 6500)
+    decode(x, weight)
+    assert len(seen) > 1
+    assert max(seen) <= 6500
+
+
 # --- memory of prefill --------------------------------------------------------------------------
 
 
