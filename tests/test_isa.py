@@ -44,7 +44,8 @@ def test_the_layout_is_found_and_kernels_hold(capability: str) -> None:
     """The layout against the op, every kernel and every handler, with that instruction set."""
     found = run(capability, "-c", "import torchao_int4cpu as t; print(t.native_layout().name)")
     assert found.strip() == capability
-    tests = [f"tests/test_{name}.py" for name in ("layout", "kernels", "tensor", "dispatch")]
+    names = ("layout", "kernels", "kernel_limits", "tensor", "dispatch")
+    tests = [f"tests/test_{name}.py" for name in names]
     without = "not memory and not opcheck"  # slow, and the same everywhere
     run(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", without, *tests)
 
