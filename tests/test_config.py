@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -189,6 +191,7 @@ def test_fqn_to_config_by_module_parameter_and_pattern() -> None:
     assert_int4(net["twin"].up, (40, 70), 64)
     assert net["twin"](torch.randn(2, 70)).shape == (2, 70)
     assert "up=Int4OpaqueTensor" in str(net["twin"])
+    assert "down=Int4OpaqueTensor" in str(net["twin"])
 
 
 def test_fqn_to_config_default_and_skip() -> None:
@@ -296,6 +299,28 @@ def test_printing_the_model_shows_what_each_layer_became() -> None:
     copied.half()
     assert "torch.float16" in str(copied)
     assert "torch.float16" not in str(layers)
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    layer = nn.Linear(70, 40)
+    quantize_(layer, Int4WeightOnlyConfig(32))
+    alive = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_shallow_copy_prints_while_and_after_its_original_lives() -> None:
+    layer = nn.Linear(70, 40)
+    quantize_(layer, Int4WeightOnlyConfig(32))
+    shallow = copy.copy(layer)
+    assert "Int4OpaqueTensor" in str(shallow)
+    del layer
+    assert str(shallow) == str(copy.deepcopy(shallow)) == "Linear()"
+    assert shallow(torch.ones(1, 70)).shape == (1, 40)
 
 
 # --- serialization ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -127,7 +128,7 @@ def quantize_module(
         raise type(error)(f"{name}: {error}. {_progress()}") from error
     setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
     if not isinstance(module.extra_repr, ExtraRepr):
-        module.extra_repr = ExtraRepr(module, parameter_name)  # type: ignore[method-assign]
+        module.extra_repr = ExtraRepr(module)  # type: ignore[method-assign]
     return module
 
 
@@ -145,23 +146,33 @@ def _obstacle(weight: Tensor) -> str | None:
 
 
 class ExtraRepr:
-    """Stands in for a module's ``extra_repr`` so that printing the model shows the 4-bit weight.
+    """Stands in for a module's ``extra_repr`` so that printing the model shows its 4-bit weights.
 
     An object, because a bound method of a closure could be neither pickled nor deep-copied with its
-    module.
+    module; with a weak reference, or a model that is deleted would wait for the garbage collector.
     """
 
-    def __init__(self, module: nn.Module, parameter_name: str) -> None:
-        self.module = module
-        self.parameter_name = parameter_name
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module it stands in for; None in a shallow copy (`copy.copy`) that outlives it."""
+        return None if self._module is None else self._module()
+
+    def __reduce__(self) -> tuple[type[ExtraRepr], tuple[nn.Module | None]]:
+        return ExtraRepr, (self.module,)
 
     def __call__(self) -> str:
-        weight = getattr(self.module, self.parameter_name)
-        described = type(weight).__name__
-        if isinstance(weight, Int4OpaqueTensor):
-            described += f"({weight._quantization_type()})"
-        own = type(self.module).extra_repr(self.module)
-        return ", ".join(filter(None, [own, f"{self.parameter_name}={described}"]))
+        module = self.module
+        if module is None:
+            return ""
+        shown = [
+            f"{name}={type(weight).__name__}({weight._quantization_type()})"
+            for name, weight in module.named_parameters(recurse=False)
+            if isinstance(weight, Int4OpaqueTensor)
+        ]
+        return ", ".join(filter(None, [type(module).extra_repr(module), *shown]))
 
 
 # --- where in the model we are ------------------------------------------------------------------
