@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
 
+from torchao_int4cpu import get_kernel, set_kernel
+from torchao_int4cpu.kernels import native_kernel, native_unavailable
 from torchao_int4cpu.kernels.prefill import DENSE_DTYPE
 from torchao_int4cpu.layout import native_layout
 
@@ -16,12 +20,34 @@ hypothesis.settings.load_profile("suite")
 
 def pytest_report_header() -> str:
     layout = native_layout()
+    kernel = native_kernel(layout) if layout else None
     return (
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"layout {layout.name if layout else None}, dense product in {DENSE_DTYPE}"
+        f"layout {layout.name if layout else None}, dense product in {DENSE_DTYPE}, "
+        f"native kernel {kernel or native_unavailable()}"
     )
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def aten() -> Iterator[None]:
+    """PyTorch's op and the dense prefill, whether or not there is a native kernel."""
+    before = get_kernel()
+    set_kernel("aten")
+    yield
+    set_kernel(before)
+
+
+@pytest.fixture(params=["auto", "aten"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way to multiply that this machine has."""
+    if request.param == "auto" and native_unavailable() is not None:
+        pytest.skip(f"no native kernel: {native_unavailable()}")
+    before = get_kernel()
+    set_kernel(request.param)
+    yield request.param
+    set_kernel(before)

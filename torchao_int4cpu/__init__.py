@@ -7,6 +7,7 @@ loadable. The names below are the public ones.
 from torchao_int4cpu import checkpoint, dispatch  # imported for what they register
 from torchao_int4cpu.config import Int4WeightOnlyConfig
 from torchao_int4cpu.groupwise import GroupwiseInt4
+from torchao_int4cpu.kernels import get_kernel, set_kernel
 from torchao_int4cpu.layout import native_layout
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 from torchao_int4cpu.version import __version__
@@ -16,7 +17,9 @@ __all__ = [
     "Int4OpaqueTensor",
     "Int4WeightOnlyConfig",
     "__version__",
+    "get_kernel",
     "native_layout",
+    "set_kernel",
 ]
 
 del checkpoint, dispatch

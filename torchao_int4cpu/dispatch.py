@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchao_int4cpu.groupwise import FLOAT_DTYPES
-from torchao_int4cpu.kernels import decode_max_rows, int4_mm, traceable_int4_mm
+from torchao_int4cpu.kernels import decode_max_rows, int4_mm, native_kernel, traceable_int4_mm
 from torchao_int4cpu.layout import layout_named, native_layout, repack
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 
 aten = torch.ops.aten
 #: Raised whenever a handler traces other ops than before, so that no graph in a cache is reused.
-TRACE_REVISION = 1
+TRACE_REVISION = 2
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
@@ -68,40 +68,37 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
         )
     if torch.is_autocast_enabled("cpu"):
         input = input.to(torch.get_autocast_dtype("cpu"))
-    n, k = weight.shape
+    packed = weight.packed()
+    shape = input.shape
+    grad = torch.is_grad_enabled()
     if not (
         input.dtype in FLOAT_DTYPES
-        and input.ndim > 0
-        and input.shape[-1] == k
-        and input.device == weight.device
-        and not (weight.requires_grad and torch.is_grad_enabled())
+        and shape
+        and shape[-1] == packed.k
+        and input.device == packed.qdata.device
+        and not (grad and weight.requires_grad)
     ):
         raise _misfit(input, weight)
 
     activation = input
     if weight.act_pre_scale is not None:
         activation = activation * weight.act_pre_scale.reshape(-1)  # may widen it: rounded once, later
-    if input.ndim != 2:
-        activation = activation.reshape(-1, k)
-    if _runs_now(activation):
-        y = int4_mm(activation, weight.packed())
+    if len(shape) != 2:
+        activation = activation.reshape(-1, packed.k)
+    if (
+        type(activation) is Tensor
+        and activation.is_cpu
+        and not (grad and activation.requires_grad)
+        and not torch.compiler.is_compiling()
+    ):
+        y = int4_mm(activation, packed)  # a plain eager call needs no op
     else:
-        y = traceable_int4_mm(activation, weight.packed())
-    if y.dtype != input.dtype:
+        y = traceable_int4_mm(activation, packed)
+    if activation is not input:
         y = y.to(input.dtype)
     if bias is not None:
         y = y.add_(bias)  # y is ours alone, so no second [M, N] is needed
-    return y if input.ndim == 2 else y.reshape(*input.shape[:-1], n)
-
-
-def _runs_now(activation: Tensor) -> bool:
-    """Whether this is a plain eager call, which can skip the op that traces and autograd need."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(activation) is Tensor
-        and activation.device.type == "cpu"
-        and not (activation.requires_grad and torch.is_grad_enabled())
-    )
+    return y if len(shape) == 2 else y.reshape(*shape[:-1], packed.n)
 
 
 def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
@@ -244,12 +241,17 @@ Int4OpaqueTensor.__torch_function__ = staticmethod(handle_function)
 def stable_hash(t: Int4OpaqueTensor) -> str:
     """``_stable_hash_for_caching``: all that decides which ops a trace of ``t`` consists of.
 
-    torch keeps traced graphs on disk. Which op `linear` traces depends on this process's layout too:
-    without it in the key, a graph made under AVX-512 would be reused under AVX2, on bytes in another
-    order.
+    torch keeps traced graphs on disk. Which op `linear` traces depends on this process too, on its
+    layout and on `set_kernel`: without them in the key, a graph made under AVX-512 would be reused
+    under AVX2, on bytes in another order.
     """
-    native = native_layout()
-    host = (TRACE_REVISION, native, decode_max_rows(t.packed()))
+    weight = t.packed()
+    host = (
+        TRACE_REVISION,
+        native_layout(),
+        native_kernel(weight.layout) is not None,
+        decode_max_rows(weight),
+    )
     scale = t.act_pre_scale
     pre_scale = None if scale is None else (scale.dtype, tuple(scale.shape))
     parts = (t.shape, t.dtype, t.device, t.requires_grad, t.block_size, t.qdata_layout, pre_scale)

@@ -1,7 +1,11 @@
-"""Which kernel runs when: `decode` for few rows, `prefill` for many, by measured thresholds."""
+"""Which kernel runs when: the native one if there is one, else `decode` or `prefill`.
+
+`decode` is for few rows and `prefill` for many, by measured thresholds. `set_kernel` forces.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import NamedTuple
 
@@ -9,6 +13,13 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.kernels.decode import decode
+from torchao_int4cpu.kernels.native import (
+    KERNELS_OF_CAPABILITY,
+    KERNELS_OF_LAYOUT,
+    NativeLibrary,
+    Unavailable,
+    load,
+)
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.kernels.prefill import DENSE_DTYPE, prefill
 from torchao_int4cpu.layout import LAYOUTS, NibbleLayout, native_layout
@@ -48,6 +59,93 @@ DECODE_RANGES = {
 _HERE = {name: DECODE_RANGES[name, DENSE_DTYPE] for name in LAYOUTS}
 
 
+SELECTIONS = ("auto", "aten", "native")
+SELECTION_VARIABLE = "TORCHAO_INT4CPU_KERNEL"
+
+LIBRARY = load()
+
+
+def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> dict[str, str]:
+    """By layout: the best native kernel for what PyTorch's own kernels may use."""
+    if isinstance(library, Unavailable):
+        return {}
+    if library.failed:
+        warnings.warn(
+            f"the native kernels {list(library.failed)} compute wrong numbers on this machine and are "
+            "not used; please report the CPU and the compiler",
+            stacklevel=2,
+        )
+    allowed = KERNELS_OF_CAPABILITY.get(capability, ())
+    best = {}
+    for layout, names in KERNELS_OF_LAYOUT.items():
+        runnable = [name for name in names if name in library.kernels and name in allowed]
+        if runnable:
+            best[layout] = runnable[0]
+    return best
+
+
+_RUNNABLE = _runnable_kernels(LIBRARY, torch.backends.cpu.get_cpu_capability())
+_selection = "auto"
+_native_kernels = _RUNNABLE
+
+
+def set_kernel(name: str) -> None:
+    """Choose what multiplies by 4-bit weights in this process, from now on.
+
+    Args:
+        name: ``"auto"`` for the native kernel where there is one and PyTorch's op elsewhere (the
+            default), ``"aten"`` for ``aten._weight_int4pack_mm_for_cpu`` and the dense prefill, or
+            ``"native"`` to be told if there is no native kernel. Graphs that `torch.compile` and
+            `torch.export` trace under ``"aten"`` show the op itself for few rows; a graph keeps what
+            it shows. The environment variable ``TORCHAO_INT4CPU_KERNEL`` sets the same at import.
+
+    Raises:
+        ValueError: another name, or ``"native"`` where no native kernel runs.
+    """
+    global _selection, _native_kernels
+    if name not in SELECTIONS:
+        raise ValueError(f"kernel {name!r} is not known; choose 'auto', 'aten' or 'native'")
+    if name == "native" and not _RUNNABLE:
+        raise ValueError(
+            f"kernel 'native' cannot run here: {native_unavailable()}; choose 'auto' or 'aten'"
+        )
+    _selection = name
+    _native_kernels = {} if name == "aten" else _RUNNABLE
+
+
+def get_kernel() -> str:
+    """What `set_kernel` or the environment chose: ``"auto"``, ``"aten"`` or ``"native"``."""
+    return _selection
+
+
+def native_unavailable() -> str | None:
+    """Why no native kernel can run in this process, or None if one can."""
+    if isinstance(LIBRARY, Unavailable):
+        return str(LIBRARY)
+    if _RUNNABLE:
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"there is none for the CPU capability {capability!r}, which PyTorch's kernels keep to here"
+
+
+def native_kernel(layout: NibbleLayout) -> str | None:
+    """Name of the native kernel that multiplies by weights in this layout now, if one does."""
+    return _native_kernels.get(layout.name)
+
+
+def operations_at_best(rounds: int) -> int:
+    """Run the arithmetic of the native kernel of this process's layout, in registers only.
+
+    Returns:
+        The number of operations done by torch's threads; 0 if there is no such kernel.
+    """
+    layout = native_layout()
+    kernel = None if layout is None else _RUNNABLE.get(layout.name)
+    if kernel is None or isinstance(LIBRARY, Unavailable):
+        return 0
+    return LIBRARY.spin(kernel, rounds)
+
+
 def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     """Multiply, with the kernel that is fastest for this shape.
 
@@ -58,6 +156,9 @@ def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     Returns:
         ``[M, N]`` contiguous, in the dtype of ``x``.
     """
+    kernel = _native_kernels.get(weight.layout.name)
+    if kernel is not None and not isinstance(LIBRARY, Unavailable):
+        return LIBRARY.mm(kernel, x, weight)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.n)
     if choose_kernel(x.shape[0], weight) == "decode":
@@ -66,11 +167,13 @@ def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
 
 
 def choose_kernel(m: int, weight: PackedInt4) -> str:
-    """Return ``"decode"`` or ``"prefill"`` for ``m`` rows.
+    """Return ``"native"``, ``"decode"`` or ``"prefill"`` for ``m`` rows.
 
-    A weight in a layout that is not this process's can only be expanded: that is right but slow for
-    few rows, so it warns once.
+    A weight in a layout that is not this process's, and for which there is no native kernel, can only
+    be expanded: that is right but slow for few rows, so it warns once.
     """
+    if native_kernel(weight.layout) is not None:
+        return "native"
     if weight.layout != native_layout():
         _warn_foreign_layout(weight.layout)
         return "prefill"
@@ -78,7 +181,7 @@ def choose_kernel(m: int, weight: PackedInt4) -> str:
 
 
 def decode_max_rows(weight: PackedInt4) -> int:
-    """Up to so many rows `decode` is the faster kernel for a weight in this process's layout."""
+    """Up to so many rows `decode` is faster than `prefill`, for a weight in this process's layout."""
     limits = _HERE[weight.layout.name]
     return limits.rows + limits.products // (weight.n * weight.k)
 
@@ -93,29 +196,44 @@ class KernelChoice(NamedTuple):
 
 def kernel_choices() -> list[KernelChoice]:
     """Which kernel runs in this process for how many rows, and why, for people to read."""
+    lines = [
+        KernelChoice(f"layout {layout!r}, any M", "native", f"{_NATIVE_REASONS[name]} ({name})")
+        for layout, name in _native_kernels.items()
+    ]
     layout = native_layout()
     dense = str(DENSE_DTYPE).removeprefix("torch.")
     if layout is None:
         reason = f"PyTorch's int4 op does not run here; the weight is expanded to {dense}"
-        return [KernelChoice("any M", "prefill", reason)]
-    limits = _HERE[layout.name]
-    border = f"{limits.rows} + {limits.products:.0e} / (N*K)"
+        return [*lines, KernelChoice("any M", "prefill", reason)]
+    if layout.name not in _native_kernels:
+        limits = _HERE[layout.name]
+        border = f"{limits.rows} + {limits.products:.0e} / (N*K)"
+        lines += [
+            KernelChoice(
+                f"layout {layout.name!r}, M <= {border}",
+                "decode",
+                "aten._weight_int4pack_mm_for_cpu in bfloat16: reads the 4-bit weight only",
+            ),
+            KernelChoice(
+                f"layout {layout.name!r}, more rows",
+                "prefill",
+                f"expanding the weight to {dense} for a dense product is faster",
+            ),
+        ]
     return [
+        *lines,
         KernelChoice(
-            f"M <= {border}",
-            "decode",
-            "aten._weight_int4pack_mm_for_cpu in bfloat16: reads the 4-bit weight only",
-        ),
-        KernelChoice(
-            "more rows", "prefill", f"expanding the weight to {dense} for a dense product is faster"
-        ),
-        KernelChoice(
-            "other layout",
-            "prefill",
-            f"a weight that is not packed for {layout.name!r}: right, but slow for few rows",
+            "other layouts", "prefill", "right, but slow for few rows: .repack_() such a weight once"
         ),
     ]
 
+
+_NATIVE_REASONS = {
+    "amx": "bfloat16 tiles; dot products for up to 6 rows",
+    "avx512_bf16": "bfloat16 dot products; the 4-bit weight is expanded in registers or a cache",
+    "avx512": "float32 products; the 4-bit weight is expanded in registers or a cache",
+    "avx2": "float32 products; the 4-bit weight is expanded in registers or a cache",
+}
 
 _warned_layouts: set[str] = set()
 
@@ -132,3 +250,6 @@ def _warn_foreign_layout(layout: NibbleLayout) -> None:
         reason = f"this process runs {native.name!r}"
         cure = "products are right but slow for few rows; call .repack_() on it once"
     warnings.warn(f"a 4-bit weight is packed for {layout.name!r} but {reason}: {cure}", stacklevel=2)
+
+
+set_kernel(os.environ.get(SELECTION_VARIABLE) or "auto")

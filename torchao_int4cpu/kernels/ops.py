@@ -1,6 +1,9 @@
 """The product as ops that torch can trace and differentiate.
 
-``torchao_int4cpu::int4_mm`` is `int4_mm`; ``torchao_int4cpu::int4_mm_grad`` its gradient.
+- ``torchao_int4cpu::int4_mm`` is `int4_mm`, for inference.
+- ``torchao_int4cpu::int4_mm_differentiable`` is the same with a gradient for x. It is an op of its own
+  because torch spends 6 microseconds a call on the machinery of one, needed or not.
+- ``torchao_int4cpu::int4_mm_grad`` is that gradient.
 """
 
 from __future__ import annotations
@@ -11,25 +14,28 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torchao_int4cpu.kernels.choice import decode_max_rows, int4_mm
+from torchao_int4cpu.groupwise import FLOAT_DTYPES, check_group_size
+from torchao_int4cpu.kernels.choice import decode_max_rows, int4_mm, native_kernel
 from torchao_int4cpu.kernels.decode import decode
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.kernels.prefill import int4_mm_grad
-from torchao_int4cpu.layout import layout_named, native_layout
+from torchao_int4cpu.layout import ROW_MULTIPLE, layout_named, native_layout
 
 
 def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     """`int4_mm` for autograd, `torch.compile` and `torch.export`: one op with a known shape.
 
     A call that is certain to be a `decode` shows PyTorch's own op in the graph. Otherwise the choice
-    is made inside the op ``torchao_int4cpu::int4_mm``, when it runs, so that the number of rows is
-    never guarded on: one graph serves every M >= 2.
+    is made inside our op, when it runs, so that the number of rows is never guarded on: one graph
+    serves every M >= 2.
     """
     m = x.shape[0]
     wants_grad = torch.is_grad_enabled() and x.requires_grad
     if not wants_grad and statically_known_true(m > 0) and _certainly_decode(m, weight):
         return decode(x, weight)
-    y: Tensor = torch.ops.torchao_int4cpu.int4_mm(
+    ops = torch.ops.torchao_int4cpu
+    op = ops.int4_mm_differentiable if wants_grad else ops.int4_mm
+    y: Tensor = op.default(
         x, weight.qdata, weight.scale_and_zero, weight.group_size, weight.layout.name, weight.n
     )
     return y
@@ -37,44 +43,70 @@ def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
 
 def _certainly_decode(m: int, weight: PackedInt4) -> bool:
     """Whether `choose_kernel` gives decode for every value that a symbolic ``m`` can have."""
+    if native_kernel(weight.layout) is not None:
+        return False
     return weight.layout == native_layout() and statically_known_true(m <= decode_max_rows(weight))
 
 
+_library = torch.library.Library("torchao_int4cpu", "DEF")
 _SCHEMA = (
     "(Tensor x, Tensor qdata, Tensor scale_and_zero, int group_size, str layout, int columns) -> Tensor"
 )
+for _name in ("int4_mm", "int4_mm_differentiable", "int4_mm_grad"):
+    _library.define(_name + _SCHEMA)
 
 
-@torch.library.custom_op(
-    "torchao_int4cpu::int4_mm", mutates_args=(), device_types="cpu", schema=_SCHEMA
-)
 def _int4_mm_op(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
-    weight = PackedInt4(
-        qdata, scale_and_zero, group_size, layout_named(layout), n=columns, k=x.shape[1]
-    )
+    weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), columns, x.shape[1])
+    _check(x, weight)
     return int4_mm(x, weight)
 
 
-@torch.library.custom_op(
-    "torchao_int4cpu::int4_mm_grad", mutates_args=(), device_types="cpu", schema=_SCHEMA
-)
 def _int4_mm_grad_op(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
-    weight = PackedInt4(
-        qdata, scale_and_zero, group_size, layout_named(layout), n=x.shape[1], k=columns
-    )
+    weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), x.shape[1], columns)
+    _check(x, weight)
     return int4_mm_grad(x, weight)
 
 
-@_int4_mm_op.register_fake
-@_int4_mm_grad_op.register_fake
+def _check(x: Tensor, weight: PackedInt4) -> None:
+    """Refuse parts that do not fit together: whoever calls an op may have read them from a file."""
+    qdata, scale_and_zero, group_size, _, n, k = weight
+    check_group_size(group_size)
+    padded_n, groups = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE, -(-k // group_size)
+    if not (
+        2 * qdata.numel() == padded_n * groups * group_size
+        and scale_and_zero.numel() == 2 * groups * padded_n
+        and qdata.dtype == torch.uint8
+        and scale_and_zero.dtype == torch.bfloat16
+        and x.dtype in FLOAT_DTYPES
+        and qdata.is_contiguous()
+        and scale_and_zero.is_contiguous()
+    ):
+        raise ValueError(
+            f"got x {x.dtype}, qdata {qdata.dtype} {list(qdata.shape)} and scale_and_zero "
+            f"{scale_and_zero.dtype} {list(scale_and_zero.shape)} for N={n}, K={k}, group_size="
+            f"{group_size}; they must be floating, uint8 {[padded_n, groups * group_size // 2]} and "
+            f"bfloat16 {[groups, padded_n, 2]}, contiguous, so take them from Int4OpaqueTensor"
+        )
+
+
+_library.impl("int4_mm", _int4_mm_op, "CPU")
+_library.impl("int4_mm_differentiable", _int4_mm_op, "CPU")
+_library.impl("int4_mm_grad", _int4_mm_grad_op, "CPU")
+
+
 def _fake(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], columns)
+
+
+for _name in ("int4_mm", "int4_mm_differentiable", "int4_mm_grad"):
+    torch.library.register_fake(f"torchao_int4cpu::{_name}", _fake, lib=_library)
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,4 +122,9 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, None
 
 
-_int4_mm_op.register_autograd(_gradient, setup_context=_save_for_gradient)
+torch.library.register_autograd(
+    "torchao_int4cpu::int4_mm_differentiable",
+    _gradient,
+    setup_context=_save_for_gradient,
+    lib=_library,
+)

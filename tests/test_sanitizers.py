@@ -1,0 +1,52 @@
+"""The native kernels again, built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_native import OTHER_LIBRARY
+from torchao_int4cpu.kernels.build import EMULATE_AMX, SANITIZE, BuildError, compile_library
+
+CASES = "bound or exact or special or disturb or finite or infinite or shape or unaligned or once"
+
+
+def _preload() -> str:
+    """The libraries that must be loaded before Python's memory and torch's exceptions."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [*compiler, f"-print-file-name={name}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no compiler: {error}")
+        paths.append(done.stdout.strip())
+        if not os.path.isabs(paths[-1]):
+            pytest.skip(f"this compiler has no {name}")
+    return " ".join(paths)
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    library = tmp_path / "libint4cpu.so"
+    preload = _preload()
+    try:
+        compile_library(library, [*SANITIZE, *EMULATE_AMX])
+    except BuildError as error:
+        pytest.skip(str(error))
+    environment = os.environ | {
+        OTHER_LIBRARY: str(library),
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    tests = str(Path(__file__).with_name("test_native.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, tests]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout

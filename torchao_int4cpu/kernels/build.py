@@ -1,0 +1,122 @@
+"""Compile the native kernel: plain C++ into one shared library, without torch's or Python's headers.
+
+This file is also loaded alone, while the package is being built: it imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY_PATH = Path(__file__).parent / "libint4cpu.so"
+
+FLAGS = [
+    "-std=c++2a",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",  # GCC says this of its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
+]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl"]
+_BF16 = [*_AVX512, "-mavx512vbmi", "-mavx512bf16"]
+
+#: Instruction sets that each source may use; `driver` asks the CPU before it calls the others.
+INSTRUCTION_SETS = {
+    "driver": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": _BF16,
+    "amx": _BF16,  # the tile instructions are written as assembly
+}
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-g",
+]
+EMULATE_AMX = ["-DINT4CPU_EMULATE_AMX"]
+
+
+class BuildError(Exception):
+    """The library cannot be compiled here, and why."""
+
+
+def supported_platform() -> bool:
+    """Whether there are kernels for this system and architecture."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+
+
+def source_digest(sources: Path = SOURCES) -> str:
+    """Digest of the sources, which a library built from them carries."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def compile_library(output: Path, extra_flags: Sequence[str] = ()) -> None:
+    """Compile ``output`` with the compiler in the environment variable CXX, else ``c++``.
+
+    Raises:
+        BuildError: another system or architecture, no compiler, or one that fails (GCC 11 or newer
+            and Clang 14 or newer know all instructions).
+    """
+    if not supported_platform():
+        raise BuildError(
+            f"the kernels are for Linux on x86-64, not {sys.platform} {platform.machine()}"
+        )
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    digest = f'-DINT4CPU_DIGEST="{source_digest()}"'
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [Path(folder, f"{name}.o") for name in INSTRUCTION_SETS]
+
+        def compile_one(item: tuple[Path, Sequence[str]]) -> None:
+            target, flags = item
+            source = SOURCES / f"{target.stem}.cpp"
+            _run(
+                [*compiler, *FLAGS, digest, *flags, *extra_flags, "-c", str(source), "-o", str(target)]
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, zip(objects, INSTRUCTION_SETS.values())))
+        linked = Path(folder, LIBRARY_PATH.name)
+        _run(
+            [
+                *compiler,
+                "-shared",
+                *extra_flags,
+                *map(str, objects),
+                "-Wl,--as-needed",
+                "-o",
+                str(linked),
+            ]
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A new file: a process that has the old one mapped must not see it change.
+        output.unlink(missing_ok=True)
+        output.write_bytes(linked.read_bytes())
+        output.chmod(0o755)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"no C++ compiler: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{shlex.join(command)} failed:\n{error.stderr}") from error

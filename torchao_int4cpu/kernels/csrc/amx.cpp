@@ -1,0 +1,202 @@
+// AMX: 16 rows of x times 16 rows of W times 32 columns in one instruction.
+//
+// The expanded panel and the packed activation of the AVX-512 kernel have the order that the tiles
+// want. Sums of a step leave the tiles through memory, and meet scale and zero there.
+#include "bf16.h"
+#include "gemm.h"
+
+namespace {
+
+using Here = Gemm<Bf16>;
+
+constexpr int kTile = 16;         // rows of a tile
+constexpr int kTileColumns = 32;  // bfloat16 values in a row of a tile
+constexpr int kRows = 2 * kTile;  // rows of x that share one read of the panel
+
+// Layout of Intel's palette 1: bytes of a row and rows, for 8 tiles.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+#ifndef INT4CPU_EMULATE_AMX
+
+// Not the compiler's own macros: those tell it of 8 of the 64 bytes of the configuration, and do not
+// tell it that a load of a tile reads memory, so it may move or drop what was written before.
+#define TILE_BEGIN(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
+#define TILE_END() __asm__ volatile("tilerelease" ::: "memory")
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define TILE_LOAD(tile, from, stride)                           \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), \
+                   "r"(static_cast<int64_t>(stride))            \
+                   : "memory")
+#define TILE_STORE(tile, to, stride)                             \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), \
+                   "r"(static_cast<int64_t>(stride))             \
+                   : "memory")
+#define TILE_DOT(sum, x, w) \
+  __asm__ volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sum ::)
+
+#else
+
+// The same instructions in plain C++, after Intel's manual, to test this kernel on a CPU without them.
+thread_local float emulated[8][kTile][kTile];
+
+float to_float(const void* bfloat16) {
+  uint16_t half;
+  memcpy(&half, bfloat16, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void emulate_load(int tile, const void* from, int64_t stride) {
+  for (int r = 0; r < kTile; ++r) {
+    memcpy(emulated[tile][r], static_cast<const char*>(from) + r * stride, 64);
+  }
+}
+
+void emulate_store(int tile, void* to, int64_t stride) {
+  for (int r = 0; r < kTile; ++r) {
+    memcpy(static_cast<char*>(to) + r * stride, emulated[tile][r], 64);
+  }
+}
+
+void emulate_dot(int sum, int x, int w) {
+  for (int r = 0; r < kTile; ++r) {
+    for (int pair = 0; pair < kTile; ++pair) {
+      const char* a = reinterpret_cast<const char*>(&emulated[x][r][pair]);
+      for (int c = 0; c < kTile; ++c) {
+        const char* b = reinterpret_cast<const char*>(&emulated[w][pair][c]);
+        emulated[sum][r][c] += to_float(a) * to_float(b);
+        emulated[sum][r][c] += to_float(a + 2) * to_float(b + 2);
+      }
+    }
+  }
+}
+
+#define TILE_BEGIN(config) static_cast<void>(config)
+#define TILE_END() static_cast<void>(0)
+#define TILE_ZERO(tile) memset(emulated[tile], 0, sizeof emulated[tile])
+#define TILE_LOAD(tile, from, stride) emulate_load(tile, from, stride)
+#define TILE_STORE(tile, to, stride) emulate_store(tile, to, stride)
+#define TILE_DOT(sum, x, w) emulate_dot(sum, x, w)
+
+#endif
+
+constexpr int64_t kPanelStride = 4 * 64;            // bytes from one pair of columns to the next
+constexpr int64_t kSumStride = Here::kBlock * 4;    // bytes from one row of sums to the next
+
+// 17 to 32 rows of x times 32 rows of W: tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 of W.
+void multiply_32(const uint16_t* x, const char* panel, int32_t step, float* sums) {
+  const int64_t x_stride = step * 2;
+  const uint16_t* x_below = x + kTile * step;
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int32_t k = 0; k < step; k += kTileColumns, panel += kTile * kPanelStride) {
+    TILE_LOAD(4, x + k, x_stride);
+    TILE_LOAD(6, panel, kPanelStride);
+    TILE_LOAD(7, panel + 64, kPanelStride);
+    TILE_DOT(0, 4, 6);
+    TILE_DOT(1, 4, 7);
+    TILE_LOAD(5, x_below + k, x_stride);
+    TILE_DOT(2, 5, 6);
+    TILE_DOT(3, 5, 7);
+  }
+  TILE_STORE(0, sums, kSumStride);
+  TILE_STORE(1, sums + kTile, kSumStride);
+  TILE_STORE(2, sums + kTile * Here::kBlock, kSumStride);
+  TILE_STORE(3, sums + kTile * Here::kBlock + kTile, kSumStride);
+}
+
+// Up to 16 rows of x times 64 rows of W: tiles 0 to 3 are sums, 4 rows of x, 5 to 7 (and 5) of W.
+void multiply_16(const uint16_t* x, const char* panel, int32_t step, float* sums) {
+  const int64_t x_stride = step * 2;
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int32_t k = 0; k < step; k += kTileColumns, panel += kTile * kPanelStride) {
+    TILE_LOAD(4, x + k, x_stride);
+    TILE_LOAD(5, panel, kPanelStride);
+    TILE_LOAD(6, panel + 64, kPanelStride);
+    TILE_LOAD(7, panel + 128, kPanelStride);
+    TILE_DOT(0, 4, 5);
+    TILE_LOAD(5, panel + 192, kPanelStride);
+    TILE_DOT(1, 4, 6);
+    TILE_DOT(2, 4, 7);
+    TILE_DOT(3, 4, 5);
+  }
+  TILE_STORE(0, sums, kSumStride);
+  TILE_STORE(1, sums + kTile, kSumStride);
+  TILE_STORE(2, sums + 2 * kTile, kSumStride);
+  TILE_STORE(3, sums + 3 * kTile, kSumStride);
+}
+
+void multiply(const Problem& p, const Task& t, float* totals) {
+  const int64_t rows = t.row_end - t.row;
+  if (rows <= Bf16::kFusedRows) {  // one pass in registers costs less than filling tiles
+    Here::multiply(p, t, totals);
+    return;
+  }
+  const Block block = Here::block_at(p, t.block);
+  memset(totals, 0, sizeof(float) * rows * Here::kBlock);
+  alignas(64) __m512i panel[Bf16::kMaxStep / Bf16::kDepth * 4];
+  alignas(64) float sums[kRows * Here::kBlock];
+  const char* panel_bytes = reinterpret_cast<const char*>(panel);
+  const TileConfig config;
+  TILE_BEGIN(config);  // each thread has its own, and others may have changed it
+  for (int64_t s = t.step; s < t.step_end; ++s) {
+    Here::expand_step(p, block, s, panel);
+    const Here::QParams q = Here::qparams(p, block, s * p.step);
+    for (int64_t row = t.row; row < t.row_end; row += kRows) {
+      const int64_t count = t.row_end - row < kRows ? t.row_end - row : kRows;
+      const uint16_t* x = Here::packed_row(p, s, row);
+      if (count > kTile) {
+        multiply_32(x, panel_bytes, p.step, sums);
+        multiply_32(x, panel_bytes + 128, p.step, sums + kRows);
+      } else {
+        multiply_16(x, panel_bytes, p.step, sums);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        __m512 acc[1][4];
+        for (int v = 0; v < 4; ++v) acc[0][v] = Bf16::load(sums + r * Here::kBlock + v * kTile);
+        Here::apply<1>(q, acc, p.sums + s * p.packed_rows + row + r,
+                       totals + (row - t.row + r) * Here::kBlock);
+      }
+    }
+  }
+  TILE_END();
+}
+
+int64_t spin(int64_t rounds) {
+  const TileConfig config;
+  TILE_BEGIN(config);
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  TILE_ZERO(4);
+  TILE_ZERO(6);
+  for (int64_t i = 0; i < rounds; ++i) {
+    TILE_DOT(0, 4, 6);
+    TILE_DOT(1, 4, 6);
+    TILE_DOT(2, 4, 6);
+    TILE_DOT(3, 4, 6);
+  }
+  TILE_END();
+  return INT64_C(2) * 4 * kTile * kTile * kTileColumns;
+}
+
+}  // namespace
+
+const int4cpu::Kernel int4cpu::kAmx = {
+    "amx", Here::kBlock, Bf16::kMaxStep, sizeof(Bf16::Element), kTile, 256,
+    kRows, &Here::pack_rows, &multiply, &Here::store, &spin};

@@ -1,0 +1,77 @@
+// Products in bfloat16, two columns an instruction; needs AVX512_VBMI and AVX512_BF16.
+#pragma once
+
+#include "vec512.h"
+
+namespace {
+
+// Two columns of a block at a time: lane i of a vector is the pair (column k, column k + 1) of one row.
+//
+// `vpermb` brings a byte of the first half of the rows into the low, one of the second half into the
+// high byte of every 16 bits. `vpermw` looks a 16-bit value up by the low 5 bits of an index; the fifth
+// bit belongs to a neighbouring code, so the table of 16 values is there twice and nothing is masked.
+class Bf16Expander {
+ public:
+  Bf16Expander(bool whole, int column_bytes) {
+    (void)whole;
+    alignas(64) uint8_t order[64];
+    for (int i = 0; i < 32; ++i) {
+      order[2 * i] = static_cast<uint8_t>((i & 1) * column_bytes + i / 2);
+      order[2 * i + 1] = static_cast<uint8_t>(order[2 * i] + 16);
+    }
+    order_ = _mm512_load_si512(order);
+    alignas(64) uint16_t table[32];
+    for (int code = 0; code < 32; ++code) {
+      const float value = static_cast<float>((code & 15) - 8);
+      uint32_t bits;
+      memcpy(&bits, &value, sizeof bits);
+      table[code] = static_cast<uint16_t>(bits >> 16);
+    }
+    table_ = _mm512_load_si512(table);
+    valid_ = column_bytes == 32 ? ~UINT64_C(0) : (UINT64_C(1) << (2 * column_bytes)) - 1;
+  }
+
+  void operator()(const uint8_t* bytes, __m512i (&w)[4]) const {
+    const __m512i raw = _mm512_maskz_loadu_epi8(valid_, bytes);
+    const __m512i codes = _mm512_permutexvar_epi8(order_, raw);
+    w[0] = _mm512_permutexvar_epi16(codes, table_);
+    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table_);
+    w[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table_);
+    w[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table_);
+  }
+
+ private:
+  __m512i order_, table_;
+  __mmask64 valid_;
+};
+
+struct Bf16 : Vec512 {
+  using Operand = __m512i;
+  using Element = uint16_t;
+  using Expander = Bf16Expander;
+  static constexpr int kDepth = 2;
+  static constexpr int kMaxStep = 128;
+  static constexpr int kFusedRows = 6;
+  static constexpr int kMostFused = 72;
+  static constexpr int kTileRows = 6;
+  static constexpr int kPrefetch = 2048;
+  static constexpr int kPanelPrefetch = 4096;
+
+  static Operand broadcast(const Element* x) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  static Vec dot(Vec sum, Operand x, Operand w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+
+  // Returns what was stored, so that sums of x are those of the rounded values.
+  static Vec pack(Vec value, Element* to) {
+    const __m256i bits = bfloat16_bits(value);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
+}  // namespace

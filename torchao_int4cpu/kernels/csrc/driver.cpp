@@ -1,0 +1,392 @@
+// The C interface: what this CPU and system offer, how a product is cut into tasks, who runs them.
+//
+// Compiled for plain x86-64. Threads come from the OpenMP runtime that PyTorch has loaded: its entry
+// point is handed over at run time, so no second runtime and no second pool of threads exists.
+#include <cpuid.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "int4cpu.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using int4cpu::Kernel;
+using int4cpu::Problem;
+using int4cpu::Task;
+
+enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3 };
+
+const Kernel* const kKernels[] = {&int4cpu::kAvx2, &int4cpu::kAvx512, &int4cpu::kAvx512Bf16,
+                                  &int4cpu::kAmx};
+constexpr int32_t kKernelCount = 4;
+
+#ifdef INT4CPU_EMULATE_AMX
+constexpr bool kEmulateTiles = true;  // see amx.cpp
+#else
+constexpr bool kEmulateTiles = false;
+#endif
+
+// --- what the CPU and the system offer ----------------------------------------------------------
+
+uint64_t enabled_states() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// Linux hands out the state of the tiles on request only, for the whole process.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023;
+  constexpr long kTileData = 18;
+  return kEmulateTiles || syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+uint32_t find_kernels() {
+  uint32_t a, b, c, d, leaf7_b, leaf7_c, leaf7_d, leaf7_1a = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  const bool saves_states = c & bit_OSXSAVE;
+  const bool fma = c & bit_FMA, f16c = c & bit_F16C;
+  uint32_t most;
+  if (!saves_states || !__get_cpuid_count(7, 0, &most, &leaf7_b, &leaf7_c, &leaf7_d)) return 0;
+  if (most >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_1a = a;
+  const uint64_t states = enabled_states();
+  constexpr uint64_t kYmm = 0x6, kZmm = 0xE6, kTiles = 0x60000;
+  constexpr uint32_t kAvx512Words = (1U << 16) | (1U << 30) | (1U << 31);  // F, BW, VL
+  constexpr uint32_t kVbmi = 1U << 1, kBf16 = 1U << 5, kTileBf16 = (1U << 22) | (1U << 24);
+
+  const bool avx2 = (states & kYmm) == kYmm && (leaf7_b & bit_AVX2) && fma && f16c;
+  const bool avx512 =
+      avx2 && (states & kZmm) == kZmm && (leaf7_b & kAvx512Words) == kAvx512Words;
+  const bool bf16 = avx512 && (leaf7_c & kVbmi) && (leaf7_1a & kBf16);
+  const bool tiles = bf16 && ((leaf7_d & kTileBf16) == kTileBf16 || kEmulateTiles);
+  const bool usable = tiles && ((states & kTiles) == kTiles || kEmulateTiles) && may_use_tiles();
+  return avx2 | avx512 << 1 | bf16 << 2 | usable << 3;
+}
+
+// --- threads ------------------------------------------------------------------------------------
+
+// `GOMP_parallel`, which the runtimes of GCC, Clang and Intel all have.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using InParallel = int (*)();
+
+Parallel parallel = nullptr;
+InParallel in_parallel = nullptr;
+// A child of fork() has none of the threads its parent's runtime waits for.
+bool forked = false;
+
+void mark_forked() { forked = true; }
+
+int32_t usable_threads(int32_t wanted) {
+  if (parallel == nullptr || forked || in_parallel()) return 1;
+  return wanted;
+}
+
+constexpr int32_t kMaxThreads = 256;
+
+// What is left of one thread's share, alone in its cache line.
+struct alignas(64) Share {
+  int64_t next, end;
+};
+
+// Runs `work(context, i)` for i below `count`: each thread its own consecutive share, which finds
+// small weights where the last call left them, and then what others have not begun.
+struct Loop {
+  void (*work)(void*, int64_t);
+  void* context;
+  int32_t threads;
+  int32_t arrived;
+  Share shares[kMaxThreads];
+};
+
+void run_shares(void* opaque) {
+  Loop& loop = *static_cast<Loop*>(opaque);
+  const int32_t me = __atomic_fetch_add(&loop.arrived, 1, __ATOMIC_RELAXED);
+  for (int32_t t = 0; t < loop.threads; ++t) {
+    Share& share = loop.shares[(me + t) % loop.threads];
+    for (;;) {
+      const int64_t i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
+      if (i >= share.end) break;
+      loop.work(loop.context, i);
+    }
+  }
+}
+
+void for_each(int64_t count, int32_t threads, void (*work)(void*, int64_t), void* context) {
+  if (threads <= 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) work(context, i);
+    return;
+  }
+  Loop loop;
+  loop.work = work;
+  loop.context = context;
+  loop.threads = threads < kMaxThreads ? threads : kMaxThreads;
+  loop.arrived = 0;
+  for (int32_t t = 0; t < loop.threads; ++t) {
+    loop.shares[t].next = count * t / loop.threads;
+    loop.shares[t].end = count * (t + 1) / loop.threads;
+  }
+  parallel(run_shares, &loop, static_cast<unsigned>(loop.threads), 0);
+}
+
+// --- tasks --------------------------------------------------------------------------------------
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// N is padded to a multiple of 16, K to whole groups.
+void cut_weight(const Kernel& kernel, int64_t n, int64_t k, int32_t group_size, Problem& p) {
+  p.group_size = group_size;
+  p.padded_n = divide_up(n, 16) * 16;
+  p.padded_k = divide_up(k, group_size) * group_size;
+  p.step = group_size < kernel.max_step ? group_size : kernel.max_step;
+  p.steps = p.padded_k / p.step;
+}
+
+struct Plan {
+  int64_t task_rows, row_tasks, blocks, parts;
+};
+
+// Enough tasks for every thread to have several. Rows are cut first, because that costs only another
+// expansion of the block; then K, which costs a sum of the parts.
+Plan plan(const Kernel& kernel, const Problem& p, int32_t threads) {
+  Plan plan;
+  plan.blocks = divide_up(p.padded_n, kernel.block_rows);
+  plan.task_rows = kernel.task_rows;
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t least_rows = 4 * kernel.tile_rows;
+  while (plan.task_rows > least_rows &&
+         (plan.task_rows >= 2 * p.m || divide_up(p.m, plan.task_rows) * plan.blocks < wanted)) {
+    plan.task_rows = divide_up(plan.task_rows / 2, kernel.tile_rows) * kernel.tile_rows;
+  }
+  plan.row_tasks = divide_up(p.m, plan.task_rows);
+  plan.task_rows = divide_up(divide_up(p.m, plan.row_tasks), kernel.tile_rows) * kernel.tile_rows;
+  plan.row_tasks = divide_up(p.m, plan.task_rows);
+  // A part reads at least 16 KiB of the weight.
+  const int64_t least_steps = divide_up(INT64_C(32768), kernel.block_rows * p.step);
+  int64_t parts = divide_up(wanted, plan.row_tasks * plan.blocks);
+  const int64_t most = p.steps / least_steps;
+  if (parts > most) parts = most;
+  plan.parts = parts < 1 ? 1 : parts;
+  return plan;
+}
+
+struct Product {
+  const Kernel* kernel;
+  const Problem* problem;
+  Plan plan;
+  float* partial;     // [tasks of rows and blocks, parts, task_rows, block_rows]
+  int32_t* finished;  // parts of each
+};
+
+void pack_some(void* opaque, int64_t i) {
+  const Product& product = *static_cast<const Product*>(opaque);
+  const Problem& p = *product.problem;
+  constexpr int64_t kRows = 8;
+  const int64_t end = (i + 1) * kRows;
+  product.kernel->pack_rows(p, i * kRows, end < p.packed_rows ? end : p.packed_rows);
+}
+
+void run_task(void* opaque, int64_t i) {
+  const Product& product = *static_cast<const Product*>(opaque);
+  const Problem& p = *product.problem;
+  const Plan& plan = product.plan;
+  const Kernel& kernel = *product.kernel;
+  const int64_t part = i % plan.parts;
+  const int64_t whole = i / plan.parts;
+  const int64_t row = whole % plan.row_tasks * plan.task_rows;
+  const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
+  Task task = {row, row_end, whole / plan.row_tasks, p.steps * part / plan.parts,
+               p.steps * (part + 1) / plan.parts};
+  if (plan.parts == 1) {
+    alignas(64) float totals[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
+    kernel.multiply(p, task, totals);
+    kernel.store(p, task, totals);
+    return;
+  }
+  const int64_t size = plan.task_rows * kernel.block_rows;
+  float* first = product.partial + whole * plan.parts * size;
+  kernel.multiply(p, task, first + part * size);
+  // Whoever ends last sums the parts, always in the same order.
+  if (__atomic_add_fetch(&product.finished[whole], 1, __ATOMIC_ACQ_REL) < plan.parts) return;
+  for (int64_t other = 1; other < plan.parts; ++other) {
+    const float* from = first + other * size;
+    for (int64_t j = 0; j < (row_end - row) * kernel.block_rows; ++j) first[j] += from[j];
+  }
+  kernel.store(p, task, first);
+}
+
+// Below about so many multiplications of one row, waking other threads takes longer than it saves.
+constexpr int64_t kSerialWork = INT64_C(1) << 17;
+
+char* carve(char*& from, int64_t bytes) {
+  char* at = from;
+  from += divide_up(bytes, 64) * 64;
+  return at;
+}
+
+// Packed rows of x take at most about this, so that memory does not grow with the activation.
+constexpr int64_t kPackedBytes = INT64_C(16) << 20;
+
+// Multiplies; returns the number of rows that are not finite, or an Error.
+int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
+  p.packed_rows = divide_up(p.m, kernel.row_multiple) * kernel.row_multiple;
+  threads = usable_threads(threads);
+  const int64_t work = p.padded_n * p.padded_k * (1 + p.m / 4);
+  if (work < kSerialWork) threads = 1;
+
+  Product product = {&kernel, &p, plan(kernel, p, threads), nullptr, nullptr};
+  const Plan& cut = product.plan;
+  const int64_t wholes = cut.row_tasks * cut.blocks;
+  const bool in_parts = cut.parts > 1;
+  const int64_t packed_bytes = p.packed_rows * p.padded_k * kernel.element_bytes;
+  const int64_t sums_bytes = p.packed_rows * p.steps * 4;
+  const int64_t partial_bytes =
+      in_parts ? wholes * cut.parts * cut.task_rows * kernel.block_rows * 4 : 0;
+  const int64_t finished_bytes = in_parts ? wholes * 4 : 0;
+  const int64_t bytes =
+      packed_bytes + sums_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) return kNoMemory;
+  char* left = static_cast<char*>(memory);
+  p.packed_x = carve(left, packed_bytes);
+  p.sums = reinterpret_cast<float*>(carve(left, sums_bytes));
+  p.row_factor = reinterpret_cast<float*>(carve(left, p.packed_rows * 4));
+  product.partial = reinterpret_cast<float*>(carve(left, partial_bytes));
+  product.finished = reinterpret_cast<int32_t*>(carve(left, finished_bytes));
+  if (in_parts) memset(product.finished, 0, static_cast<size_t>(finished_bytes));
+
+  const bool large = p.packed_rows * p.padded_k >= kSerialWork;
+  for_each(divide_up(p.packed_rows, 8), large ? threads : 1, pack_some, &product);
+  for_each(wholes * cut.parts, threads, run_task, &product);
+
+  int64_t bad = 0;
+  for (int64_t row = 0; row < p.m; ++row) {
+    bad += p.row_factor[row] == 0.0F;
+  }
+  free(memory);
+  return bad;
+}
+
+}  // namespace
+
+// Digest of the sources that this library was built from.
+EXPORT const char* int4cpu_digest() { return INT4CPU_DIGEST; }
+
+// Bit i: kernel i can run on this CPU under this system.
+EXPORT uint32_t int4cpu_kernels() {
+  // Threads that come here at the same time find the same.
+  static uint32_t found = 0;
+  static bool asked = false;
+  if (!__atomic_load_n(&asked, __ATOMIC_ACQUIRE)) {
+    found = find_kernels();
+    __atomic_store_n(&asked, true, __ATOMIC_RELEASE);
+  }
+  return found;
+}
+
+EXPORT const char* int4cpu_kernel_name(int32_t kernel) {
+  return kernel >= 0 && kernel < kKernelCount ? kKernels[kernel]->name : nullptr;
+}
+
+// Hands over the OpenMP runtime of this process: `GOMP_parallel` and `omp_in_parallel`, or nulls.
+EXPORT void int4cpu_use_runtime(Parallel run, InParallel inside) {
+  static bool watched = false;
+  if (!watched) watched = pthread_atfork(nullptr, nullptr, mark_forked) == 0;
+  parallel = run != nullptr && inside != nullptr ? run : nullptr;
+  in_parallel = inside;
+}
+
+// How many threads a product may use that asks for `wanted`.
+EXPORT int32_t int4cpu_threads(int32_t wanted) { return usable_threads(wanted); }
+
+// How many tasks a product is cut into: {rows of a task, tasks over rows, over blocks, over K}.
+EXPORT int32_t int4cpu_plan(int32_t kernel, int64_t m, int64_t n, int64_t k, int32_t group_size,
+                            int32_t threads, int64_t* counts) {
+  if (kernel < 0 || kernel >= kKernelCount) return kUnknownKernel;
+  Problem p = {};
+  p.m = m;
+  cut_weight(*kKernels[kernel], n, k, group_size, p);
+  const Plan cut = plan(*kKernels[kernel], p, threads);
+  counts[0] = cut.task_rows;
+  counts[1] = cut.row_tasks;
+  counts[2] = cut.blocks;
+  counts[3] = cut.parts;
+  return 0;
+}
+
+struct Spin {
+  const Kernel* kernel;
+  int64_t rounds;
+};
+
+// Multiplies in registers only, to measure what the arithmetic units can do at best. Returns the number
+// of operations of all threads, or an Error.
+EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
+  if (kernel < 0 || kernel >= kKernelCount || !(int4cpu_kernels() >> kernel & 1)) {
+    return kUnknownKernel;
+  }
+  Spin spin = {kKernels[kernel], rounds};
+  threads = usable_threads(threads);
+  const auto work = [](void* context, int64_t) {
+    const Spin& spin = *static_cast<const Spin*>(context);
+    spin.kernel->spin(spin.rounds);
+  };
+  for_each(threads, threads, work, &spin);
+  return threads * rounds * spin.kernel->spin(0);
+}
+
+// A product: y = x · Wᵀ. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n] contiguous,
+// both in `dtype` (0 bfloat16, 1 float16, 2 float32). One block of memory, because ctypes takes longer
+// to convert 12 arguments than a small product takes.
+struct Call {
+  int32_t kernel, dtype, group_size, threads;
+  const void* x;
+  int64_t x_stride;
+  const void* qdata;
+  const void* scale_and_zero;
+  void* y;
+  int64_t m, n, k;
+};
+
+// Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
+// an Error.
+EXPORT int64_t int4cpu_mm(const Call* call) {
+  const int32_t kernel = call->kernel, dtype = call->dtype, group_size = call->group_size;
+  const int64_t m = call->m, n = call->n, k = call->k;
+  if (kernel < 0 || kernel >= kKernelCount || !(int4cpu_kernels() >> kernel & 1)) {
+    return kUnknownKernel;
+  }
+  const bool group_fits =
+      group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
+  if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || !group_fits) return kBadArguments;
+  if (m == 0) return 0;
+  const Kernel& chosen = *kKernels[kernel];
+  Problem p = {};
+  p.x_stride = call->x_stride;
+  p.dtype = dtype;
+  p.n = n;
+  p.k = k;
+  p.qdata = static_cast<const uint8_t*>(call->qdata);
+  p.scale_and_zero = static_cast<const uint32_t*>(call->scale_and_zero);
+  cut_weight(chosen, n, k, group_size, p);
+
+  const int64_t itemsize = dtype == int4cpu::kFloat32 ? 4 : 2;
+  int64_t rows = kPackedBytes / (p.padded_k * chosen.element_bytes);
+  if (rows < chosen.task_rows) rows = chosen.task_rows;
+  rows = divide_up(m, divide_up(m, rows));
+  int64_t bad = 0;
+  for (int64_t row = 0; row < m; row += rows) {
+    p.m = rows < m - row ? rows : m - row;
+    p.x = static_cast<const char*>(call->x) + row * call->x_stride * itemsize;
+    p.y = static_cast<char*>(call->y) + row * n * itemsize;
+    const int64_t found = multiply(chosen, p, call->threads);
+    if (found < 0) return found;
+    bad += found;
+  }
+  return bad;
+}

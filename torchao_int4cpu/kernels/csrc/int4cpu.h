@@ -1,0 +1,74 @@
+// What the sources of the native kernel share: the problem, the tasks it is cut into, the kernels.
+//
+// Every instruction set has a source of its own, compiled with its own flags. Nothing here may be an
+// inline function with external linkage: the linker keeps one copy of those, and the one it keeps may
+// be compiled for instructions that this CPU does not have.
+#pragma once
+
+#include <cstdint>
+
+namespace int4cpu {
+
+enum Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// A row of x is packed by a power of two (see `row_factor`), and y multiplied by its inverse.
+struct Problem {
+  // Activation [m, k] in `dtype`, rows `x_stride` elements apart; result [m, n], contiguous.
+  const void* x;
+  void* y;
+  int64_t x_stride;
+  int32_t dtype;
+  int64_t m, n, k;
+
+  // Packed weight: uint8 [padded_n, padded_k / 2] and pairs of bfloat16, the scale in the low half of
+  // each 32 bits and the zero in the high half: [padded_k / group_size, padded_n].
+  const uint8_t* qdata;
+  const uint32_t* scale_and_zero;
+  int64_t padded_n, padded_k;
+  int32_t group_size;
+
+  // A step is the part of a group over which codes are summed before scale and zero are applied.
+  int32_t step;
+  int64_t steps;
+
+  // Packed activation, in the element type of the kernel: [steps, packed_rows, step].
+  void* packed_x;
+  int64_t packed_rows;
+  float* sums;        // of the packed activation: [steps, packed_rows]
+  float* row_factor;  // [packed_rows]; 0 stands for a row that is not finite
+};
+
+// Rows [row, row_end) of x times block `block` of the weight over steps [step, step_end).
+struct Task {
+  int64_t row, row_end;
+  int64_t block;
+  int64_t step, step_end;
+};
+
+struct Kernel {
+  const char* name;
+  int32_t block_rows;      // of the layout that it reads
+  int32_t max_step;
+  int32_t element_bytes;   // of the packed activation
+  int32_t row_multiple;    // packed_rows is a multiple of it; rows beyond m are zero
+  int32_t task_rows;       // the most rows of a task; a multiple of `tile_rows`
+  int32_t tile_rows;       // rows that share one read of the expanded weight
+  // Fills packed_x, sums and row_factor for rows [row, row_end), which may reach packed_rows.
+  void (*pack_rows)(const Problem&, int64_t row, int64_t row_end);
+  // Writes the sums of a task to `totals`, float32 [row_end - row, block_rows] in the kernel's order.
+  void (*multiply)(const Problem&, const Task&, float* totals);
+  // Rounds totals to y.
+  void (*store)(const Problem&, const Task&, const float* totals);
+  // Multiplies in registers only, `rounds` times as many operations as it returns.
+  int64_t (*spin)(int64_t rounds);
+};
+
+constexpr int32_t kMaxTaskRows = 528;
+constexpr int32_t kMaxBlockRows = 64;
+
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;
+extern const Kernel kAvx512Bf16;
+extern const Kernel kAmx;
+
+}  // namespace int4cpu

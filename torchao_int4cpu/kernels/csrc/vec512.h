@@ -1,0 +1,74 @@
+// Vectors of 16 floats, for every kernel that has at least AVX-512 F and BW.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Vec512 {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+
+  static Vec splat(float value) { return _mm512_set1_ps(value); }
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, Vec value) { _mm512_storeu_ps(to, value); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static float total(Vec a) { return _mm512_reduce_add_ps(a); }
+
+  // Vector 2 * nibble + half holds the rows of one half of a column's 32 bytes.
+  static int nibble(int v, int) { return v >> 1; }
+  static int byte(int v, int lane) { return (v & 1) * 16 + lane; }
+  static Vec take(const float* block, int v) { return load(block + v * kLanes); }
+  static void put(float* block, int v, Vec value) { store(block + v * kLanes, value); }
+
+  // Pairs of bfloat16 to their low and high halves.
+  static void split(Vec pairs, Vec& low, Vec& high) {
+    const __m512i both = _mm512_castps_si512(pairs);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(INT32_C(-65536))));
+  }
+
+  static Vec from_bfloat16(const void* from) {
+    const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Vec from_float16(const void* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  }
+
+  // To nearest, ties to even. A NaN keeps its upper bits, made quiet.
+  static __m256i bfloat16_bits(Vec value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+  static void to_bfloat16(const float* from, uint16_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bfloat16_bits(load(from)));
+  }
+  static void to_float16(const float* from, uint16_t* to) {
+    const __m256i half = _mm512_cvtps_ph(load(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  }
+
+  // As bits, so that NaN is larger than infinity and infinity than any number.
+  static Vec larger_magnitude(Vec a, Vec b) {
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(INT32_MAX));
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), bits));
+  }
+  static float largest_lane(Vec a) {
+    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(a));
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+}  // namespace
