@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.numerics import native
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu import bench
+from torchao_int4cpu import bench, get_kernel, plot
 from torchao_int4cpu.bench import Row
+from torchao_int4cpu.demo import MissingExtra
+from torchao_int4cpu.kernels import native_kernel
+
+LIMITS = bench.Limits(1.0, None)
+
+#: The line that is there only if "ours" is not PyTorch's op already.
+OURS_ATEN = ["ours aten"] if native_kernel(native()) is not None else []
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CYCLE_BYTES", 2**20)
     monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr(bench, "PEAK_ROUNDS", 100)
     monkeypatch.setattr(bench, "MAX_PASS_SECONDS", 0.01)
     monkeypatch.setattr(bench, "MIN_PASS_SECONDS", 0.0001)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_hold_together(dtype: torch.dtype) -> None:
-    options: dict[str, Any] = {"group_size": 32, "dtype": dtype, "passes": 2, "bandwidth": 10.0}
+def test_rows_hold_together(dtype: torch.dtype, kernel: str) -> None:
+    limits = bench.Limits(10.0, 50.0)
+    options: dict[str, Any] = {"group_size": 32, "dtype": dtype, "passes": 2, "limits": limits}
     rows = list(bench.run([(100, 70)], [1, 3], compiled=True, prototype=False, **options))
-    kernels = ["bf16 linear", "aten op", "ours", "ours compiled"]
+    kernels = ["bf16 linear", "aten op", "ours", *OURS_ATEN[kernel == "aten" :], "ours compiled"]
     assert [(row.m, row.kernel) for row in rows] == [(m, name) for m in (1, 3) for name in kernels]
     for m in (1, 3):
         by_name = {row.kernel: row for row in rows if row.m == m}
@@ -34,20 +47,38 @@ def test_rows_hold_together(dtype: torch.dtype) -> None:
             bytes_moved = 100 * 70 * 2 if row.kernel == "bf16 linear" else 112 * 48 + 3 * 112 * 4
             assert row.weight_gb_per_s == pytest.approx(bytes_moved / row.ms / 1e6)
             assert row.bandwidth_share == pytest.approx(row.weight_gb_per_s / 10)
+            assert row.limit_ms == pytest.approx(max(bytes_moved / 10e9, 2 * m * 100 * 70 / 50e9) * 1e3)
             assert row.gflop_per_s == pytest.approx(2 * m * 100 * 70 / row.ms / 1e6)
             dense, op = by_name["bf16 linear"], by_name["aten op"]
             assert row.speed_vs_bf16_linear == pytest.approx(dense.ms / row.ms)
             assert 1e-8 < row.relative_error < 2.0**-7
             assert row.speed_vs_aten_op == pytest.approx(op.ms / row.ms)
+    assert get_kernel() == kernel
 
 
 def test_the_prototype_is_timed_on_request() -> None:
-    rows = list(bench.run([(64, 64)], [1], group_size=32, passes=1, prototype=True, bandwidth=1.0))
+    rows = list(bench.run([(64, 64)], [1], group_size=32, passes=1, prototype=True, limits=LIMITS))
     assert [row.kernel for row in rows][-1] == "torchao prototype"
 
 
-def test_bandwidth_is_measured() -> None:
-    assert bench.read_bandwidth(passes=1) > 0
+def test_a_selection_holds_during_the_call_only(kernel: str) -> None:
+    during: list[str] = []
+
+    def call(i: int) -> Tensor:
+        during.append(get_kernel())
+        return torch.empty(0)
+
+    bench._selected(bench.Kernel(call, selection="aten"))(0)
+    bench._selected(bench.Kernel(call))(0)
+    assert during == ["aten", kernel]
+    assert get_kernel() == kernel
+
+
+def test_limits_are_measured() -> None:
+    limits = bench.measure_limits(passes=1)
+    assert limits.read_gb_per_s > 0
+    assert (limits.gflop_per_s is not None) == bool(OURS_ATEN)
+    assert bench.Limits(10.0, None).ms(10**7, 10**12) == pytest.approx(1.0)
 
 
 COMMAND = ["bench", "--shapes", "64x96", "--rows", "2", "--group-size", "32", "--passes", "1"]
@@ -58,7 +89,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     environment, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert environment["torch"] == torch.__version__
     assert environment["read GB/s"] > 0
-    assert [Row(**row).kernel for row in rows] == ["bf16 linear", "aten op", "ours"]
+    assert [Row(**row).kernel for row in rows] == ["bf16 linear", "aten op", "ours", *OURS_ATEN]
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +97,36 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     first, header, *rows = capsys.readouterr().out.splitlines()
     assert "threads" in first
     assert header.split()[:6] == ["N", "K", "M", "group", "dtype", "kernel"]
-    assert len(rows) == 3
+    assert len(rows) == 3 + len(OURS_ATEN)
     assert len({len(line) for line in (header, *rows)}) == 1
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_command_draws(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"picture.{ending}"
+    command = ["bench", "--shapes", "64x96", "96x64", "--rows", "1", "3", "--group-size", "32"]
+    assert cli.main([*command, "--passes", "1", "--plot", str(file)]) == 0
+    start = file.read_bytes()[:5]
+    assert start == (b"<?xml" if ending == "svg" else b"\x89PNG\r")
+    if ending == "svg":
+        assert file.read_text().count('id="axes_') == 2
+
+
+def test_drawing_needs_matplotlib_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([*COMMAND, "--plot", "x.svg"]) == 1
+    captured = capsys.readouterr()
+    assert "pip install 'torchao_int4cpu[plot]'" in captured.err
+    assert captured.out == ""
+    with pytest.raises(MissingExtra):
+        plot.draw([], Path("x.svg"), "")
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot.draw([], Path("x.svg"), "")
 
 
 @pytest.mark.parametrize("shape", ["64", "0x64", "64x", "axb", "-1x2"])

@@ -29,6 +29,7 @@ ROOMS = [
     "config",
     "bench",
     "demo",
+    "plot",
     "",  # the package itself
     "__main__",
 ]

@@ -14,18 +14,36 @@ import transformers
 from tests.numerics import native
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu import demo
+from torchao_int4cpu.kernels import choice, native_kernel
 from torchao_int4cpu.kernels.choice import DECODE_RANGES
+from torchao_int4cpu.kernels.native import Unavailable
 from torchao_int4cpu.kernels.prefill import DENSE_DTYPE
 
 
-def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str], kernel: str) -> None:
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    rows = DECODE_RANGES[native().name, DENSE_DTYPE].rows
+    layout = native().name
+    rows = DECODE_RANGES[layout, DENSE_DTYPE].rows
     assert re.search(rf"torch +{re.escape(torch.__version__)}\n", out)
-    assert re.search(rf"layout +{native().name}\n", out)
-    assert re.search(rf"M <= {rows} \+ .* decode +aten\._weight_int4pack_mm_for_cpu", out)
-    assert re.search(r"more rows +prefill ", out)
+    assert re.search(rf"layout +{layout}\n", out)
+    assert re.search(rf"kernel chosen +{kernel}\n", out)
+    aten = re.search(rf"M <= {rows} \+ .* decode +aten\._weight_int4pack_mm_for_cpu", out)
+    native_line = re.search(rf"layout '{layout}', any M +native .*\({native_kernel(native())}\)", out)
+    if native_kernel(native()) is None:
+        assert aten
+        assert re.search(r"more rows +prefill ", out)
+    else:
+        assert native_line
+        assert not aten
+
+
+def test_info_says_why_there_is_no_native_kernel(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "LIBRARY", Unavailable("it was not compiled; install g++"))
+    cli.main(["info"])
+    assert "native kernels   it was not compiled; install g++\n" in capsys.readouterr().out
 
 
 def test_the_module_runs_as_a_command() -> None:

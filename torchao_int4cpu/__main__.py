@@ -10,15 +10,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchao
 
-from torchao_int4cpu import Int4WeightOnlyConfig, __version__, bench, demo
+from torchao_int4cpu import Int4WeightOnlyConfig, __version__, bench, demo, get_kernel, plot
 from torchao_int4cpu.choose_qparams import ALGORITHMS
 from torchao_int4cpu.groupwise import GROUP_SIZES
-from torchao_int4cpu.kernels import kernel_choices
+from torchao_int4cpu.kernels import kernel_choices, native_unavailable
 from torchao_int4cpu.layout import native_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compile", action="store_true", help="time torch.compile as well")
     command.add_argument("--prototype", action="store_true", help="time torchao's prototype as well")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows: .svg, .png or .pdf")
     command.set_defaults(run=run_bench)
 
     command = commands.add_parser("info", help="what runs here, and why")
@@ -84,7 +86,7 @@ def run_info(args: argparse.Namespace) -> int:
         print(f"{name:<16} {value}")
     print("kernel by rows of the activation (M):")
     for choice in kernel_choices():
-        print(f"  {choice.rows:<28} {choice.kernel:<9} {choice.reason}")
+        print(f"  {choice.rows:<40} {choice.kernel:<9} {choice.reason}")
     return 0
 
 
@@ -98,6 +100,8 @@ def _environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "layout": layout.name if layout else "none: PyTorch's int4 op does not run here",
+        "native kernels": native_unavailable() or "compiled, and right in their self-test",
+        "kernel chosen": get_kernel(),
     }
 
 
@@ -114,16 +118,22 @@ def _cpu_name() -> str:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Print measured rows."""
-    bandwidth = bench.read_bandwidth()
-    environment = _environment() | {"read GB/s": round(bandwidth, 1)}
+    if args.plot is not None:
+        plot.require_matplotlib()
+    limits = bench.measure_limits()
+    environment = _environment() | {"read GB/s": round(limits.read_gb_per_s, 1)}
+    if limits.gflop_per_s is not None:
+        environment["peak GFLOP/s"] = round(limits.gflop_per_s, 1)
     if args.json:
         print(json.dumps(environment))
     else:
         print(", ".join(f"{name} {value}" for name, value in environment.items()))
         print(
-            f"{'N':>6} {'K':>6} {'M':>5} {'group':>5} {'dtype':<8} {'kernel':<17} {'ms':>9} {'GB/s':>6}"
-            f" {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6} {'x op':>6} {'error':>7}"
+            f"{'N':>6} {'K':>6} {'M':>5} {'group':>5} {'dtype':<8} {'kernel':<17} {'ms':>9}"
+            f" {'limit':>8} {'GB/s':>6} {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6} {'x op':>6}"
+            f" {'error':>7}"
         )
+    rows = []
     for row in bench.run(
         args.shapes,
         args.rows,
@@ -132,18 +142,25 @@ def run_bench(args: argparse.Namespace) -> int:
         passes=args.passes,
         compiled=args.compile,
         prototype=args.prototype,
-        bandwidth=bandwidth,
+        limits=limits,
     ):
+        rows.append(row)
         if args.json:
             print(json.dumps(asdict(row)), flush=True)
             continue
         print(
             f"{row.n:>6} {row.k:>6} {row.m:>5} {row.group_size:>5} {row.dtype:<8} {row.kernel:<17}"
-            f" {row.ms:>9.4f} {row.weight_gb_per_s:>6.1f} {row.bandwidth_share:>7.0%}"
-            f" {row.gflop_per_s:>8.1f} {row.speed_vs_bf16_linear:>6.2f} {row.speed_vs_aten_op:>6.2f}"
-            f" {row.relative_error:>7.1e}",
+            f" {row.ms:>9.4f} {row.limit_ms:>8.4f} {row.weight_gb_per_s:>6.1f}"
+            f" {row.bandwidth_share:>7.0%} {row.gflop_per_s:>8.1f} {row.speed_vs_bf16_linear:>6.2f}"
+            f" {row.speed_vs_aten_op:>6.2f} {row.relative_error:>7.1e}",
             flush=True,
         )
+    if args.plot is not None:
+        title = (
+            f"{_cpu_name()}, {environment['threads']} threads, torch {torch.__version__}, "
+            f"group {args.group_size}, {args.dtype} activations"
+        )
+        plot.draw(rows, args.plot, title)
     return 0
 
 

@@ -1,5 +1,7 @@
 """Time linear layers: our 4-bit one, PyTorch's raw int4 op and a dense one, as rows of numbers.
 
+Beside them stands what this machine could do at best, by its measured bandwidth and arithmetic.
+
 Every figure of a row is measured in one run, the kernels in turn (A B C A B C ...), each over so many
 distinct weights that no cache holds them. Nothing here prints.
 """
@@ -17,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_int4cpu.groupwise import GroupwiseInt4
-from torchao_int4cpu.kernels import int4_mm_reference
+from torchao_int4cpu.kernels import (
+    get_kernel,
+    int4_mm_reference,
+    native_kernel,
+    operations_at_best,
+    set_kernel,
+)
 from torchao_int4cpu.layout import native_layout
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 
@@ -40,11 +48,37 @@ BANDWIDTH_BYTES = 512 * 2**20
 COMPILED_LAYERS = 8
 
 
+#: Rounds of `operations_at_best` that are timed at once: some milliseconds.
+PEAK_ROUNDS = 400_000
+
+
 class Kernel(NamedTuple):
-    """What is timed: ``call(i)`` runs the i-th run of ``layers`` weights, and returns one product."""
+    """What is timed: ``call(i)`` runs the i-th run of ``layers`` weights, and returns one product.
+
+    Attributes:
+        selection: what `set_kernel` is given before; None for what is chosen already.
+    """
 
     call: Callable[[int], Tensor]
     layers: int = 1
+    selection: str | None = None
+
+
+class Limits(NamedTuple):
+    """What this machine does at best with torch's threads, measured.
+
+    Attributes:
+        read_gb_per_s: bytes read from memory, 1e9 a second.
+        gflop_per_s: operations, 1e9 a second, in the arithmetic of our kernel; None if it has none.
+    """
+
+    read_gb_per_s: float
+    gflop_per_s: float | None
+
+    def ms(self, moved: int, operations: int) -> float:
+        """The least milliseconds for so many bytes and operations."""
+        arithmetic = operations / self.gflop_per_s if self.gflop_per_s else 0.0
+        return max(moved / self.read_gb_per_s, arithmetic) / 1e6
 
 
 @dataclass(frozen=True)
@@ -55,8 +89,11 @@ class Row:
         n, k, m: out features, in features, rows of the activation.
         group_size: codes that share a scale and a zero.
         dtype: of the activation.
-        kernel: ``ours``, ``ours compiled``, ``aten op``, ``torchao prototype`` or ``bf16 linear``.
+        kernel: ``ours``, ``ours aten`` (with ``set_kernel("aten")``), ``ours compiled``, ``aten op``,
+            ``torchao prototype`` or ``bf16 linear``.
         ms: median milliseconds of one call.
+        limit_ms: the least that `Limits` allow, for the weight's bytes (of the 4-bit weight, or of the
+            dense one) and the operations.
         weight_gb_per_s: bytes of the weight with its scales, 1e9 a second.
         bandwidth_share: that as a share of the read bandwidth measured in the same run.
         gflop_per_s: 2·M·N·K operations, 1e9 a second.
@@ -73,6 +110,7 @@ class Row:
     dtype: str
     kernel: str
     ms: float
+    limit_ms: float
     weight_gb_per_s: float
     bandwidth_share: float
     gflop_per_s: float
@@ -88,6 +126,16 @@ def read_bandwidth(passes: int = 7) -> float:
     return data.nbytes / best / 1e9
 
 
+def measure_limits(passes: int = 7) -> Limits:
+    """Bandwidth and arithmetic of this machine."""
+    best = 0.0
+    for _ in range(passes):
+        start = time.perf_counter()
+        operations = operations_at_best(PEAK_ROUNDS)
+        best = max(best, operations / (time.perf_counter() - start) / 1e9)
+    return Limits(read_bandwidth(passes), best or None)
+
+
 def run(
     shapes: Sequence[tuple[int, int]],
     rows: Sequence[int],
@@ -97,14 +145,14 @@ def run(
     passes: int = 7,
     compiled: bool = False,
     prototype: bool = False,
-    bandwidth: float | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Row]:
     """Measure every shape ``(N, K)`` at every number of rows.
 
     Args:
         compiled: also time `torch.compile` of our layer.
         prototype: also time torchao's prototype tensor (N % 16 == 0, group 32 to 128 only).
-        bandwidth: GB/s to relate to; measured first if None.
+        limits: of this machine; measured first if None.
 
     Raises:
         ValueError: PyTorch's int4 op does not run on this machine.
@@ -114,7 +162,7 @@ def run(
             "PyTorch's int4 op does not run on this machine; bench compares with it, "
             "so run it on an x86-64 CPU"
         )
-    bandwidth = bandwidth or read_bandwidth()
+    limits = limits or measure_limits()
     for n, k in shapes:
         weights = _Weights(n, k, group_size)
         for m in rows:
@@ -124,11 +172,13 @@ def run(
                 times = _interleaved(kernels, weights.count, passes)
                 ms = {name: seconds * 1e3 for name, seconds in times.items()}
                 errors = {
-                    name: weights.relative_error(x, kernel.call(0)) for name, kernel in kernels.items()
+                    name: weights.relative_error(x, _selected(kernel)(0))
+                    for name, kernel in kernels.items()
                 }
             for name, value in ms.items():
                 dense = name == "bf16 linear"
                 moved = n * k * 2 if dense else weights.packed_bytes
+                operations = 2 * m * n * k
                 rate = moved / value / 1e6
                 yield Row(
                     n=n,
@@ -138,9 +188,10 @@ def run(
                     dtype="bfloat16" if dense else str(dtype).removeprefix("torch."),
                     kernel=name,
                     ms=value,
+                    limit_ms=limits.ms(moved, operations),
                     weight_gb_per_s=rate,
-                    bandwidth_share=rate / bandwidth,
-                    gflop_per_s=2 * m * n * k / value / 1e6,
+                    bandwidth_share=rate / limits.read_gb_per_s,
+                    gflop_per_s=operations / value / 1e6,
                     speed_vs_bf16_linear=ms["bf16 linear"] / value,
                     speed_vs_aten_op=ms["aten op"] / value,
                     relative_error=errors[name],
@@ -187,6 +238,8 @@ class _Weights:
             "aten op": Kernel(lambda i: op(padded, packed[i].qdata, group_size, scales[i])),
             "ours": Kernel(lambda i: F.linear(x, packed[i])),
         }
+        if native_kernel(packed[0].packed().layout) is not None:
+            kernels["ours aten"] = kernels["ours"]._replace(selection="aten")
         if prototype:
             upstream = [_prototype(w) for w in packed]
             kernels["torchao prototype"] = Kernel(lambda i: F.linear(bf16, upstream[i]))
@@ -230,15 +283,34 @@ class _Turn:
 
     @classmethod
     def fitting(cls, kernel: Kernel, count: int) -> _Turn:
-        kernel.call(0)  # allocations, primitives, compilation
-        once = min(_seconds(lambda: kernel.call(0)) for _ in range(3))
+        call = _selected(kernel)
+        call(0)  # allocations, primitives, compilation
+        once = min(_seconds(lambda: call(0)) for _ in range(3))
         cycled = max(1, min(count // kernel.layers, int(MAX_PASS_SECONDS / once)))
         return cls(kernel, cycled, max(1, int(MIN_PASS_SECONDS / (once * cycled))))
 
     def run(self) -> None:
-        for _ in range(self.repeats):
+        def cycle(_: int) -> Tensor:
             for i in range(self.cycled):
-                self.kernel.call(i)
+                y = self.kernel.call(i)
+            return y
+
+        for _ in range(self.repeats):
+            _selected(self.kernel._replace(call=cycle))(0)
+
+
+def _selected(kernel: Kernel) -> Callable[[int], Tensor]:
+    """The call of a kernel, with its selection made before and undone after."""
+
+    def call(i: int) -> Tensor:
+        before = get_kernel()
+        set_kernel(kernel.selection or before)
+        try:
+            return kernel.call(i)
+        finally:
+            set_kernel(before)
+
+    return call
 
 
 def _seconds(work: Callable[[], object]) -> float:

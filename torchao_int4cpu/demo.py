@@ -89,7 +89,7 @@ class CausalReport:
 
 
 class MissingExtra(Exception):
-    """The ``demo`` extra is not installed; the message is the line to show."""
+    """An optional extra is not installed; the message is the line to show."""
 
 
 def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingReport:
