@@ -41,7 +41,7 @@ MIN_PASS_SECONDS = 0.01
 #: Rows of the activation on which the error is measured; the exact product is slow.
 ERROR_ROWS = 16
 
-#: Bytes that `read_bandwidth` reads at a time.
+#: Bytes that `measure_limits` reads at a time.
 BANDWIDTH_BYTES = 512 * 2**20
 
 #: Layers that are compiled together, as in a model: a graph of one layer would mostly time its call.
@@ -119,21 +119,16 @@ class Row:
     relative_error: float
 
 
-def read_bandwidth(passes: int = 7) -> float:
-    """Read bandwidth of this machine with torch's threads, in GB/s: the best of several sums."""
-    data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    best = min(_seconds(lambda: data.sum()) for _ in range(passes + 1))
-    return data.nbytes / best / 1e9
-
-
 def measure_limits(passes: int = 7) -> Limits:
-    """Bandwidth and arithmetic of this machine."""
-    best = 0.0
-    for _ in range(passes):
-        start = time.perf_counter()
-        operations = operations_at_best(PEAK_ROUNDS)
-        best = max(best, operations / (time.perf_counter() - start) / 1e9)
-    return Limits(read_bandwidth(passes), best or None)
+    """Read bandwidth and arithmetic of this machine with torch's threads: the best of several passes."""
+    data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
+    read = min(_seconds(lambda: data.sum()) for _ in range(passes + 1))
+    operations = operations_at_best(1)
+    peak = None
+    if operations:
+        spin = min(_seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes + 1))
+        peak = operations * PEAK_ROUNDS / spin / 1e9
+    return Limits(data.nbytes / read / 1e9, peak)
 
 
 def run(

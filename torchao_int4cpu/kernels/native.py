@@ -59,7 +59,7 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         try:
-            library = ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path.resolve()))
             library.int4cpu_digest.restype = ctypes.c_char_p
             digest = library.int4cpu_digest().decode()
         except (OSError, AttributeError) as error:
@@ -193,7 +193,8 @@ def _warn_forked() -> None:
         )
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has none, and no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load() -> NativeLibrary | Unavailable:

@@ -55,8 +55,6 @@ struct Avx2 {
   static constexpr int kFusedRows = 2;
   static constexpr int kMostFused = 4;
   static constexpr int kTileRows = 3;
-  static constexpr int kPrefetch = 2048;
-  static constexpr int kPanelPrefetch = 4096;
 
   static Vec splat(float value) { return _mm256_set1_ps(value); }
   static Vec load(const float* from) { return _mm256_loadu_ps(from); }

@@ -41,8 +41,6 @@ struct Avx512 : Vec512 {
   static constexpr int kFusedRows = 6;
   static constexpr int kMostFused = 24;
   static constexpr int kTileRows = 6;
-  static constexpr int kPrefetch = 2048;
-  static constexpr int kPanelPrefetch = 4096;
 
   static Operand broadcast(const Element* x) { return _mm512_set1_ps(*x); }
   static Vec dot(Vec sum, Operand x, Operand w) { return _mm512_fmadd_ps(x, w, sum); }

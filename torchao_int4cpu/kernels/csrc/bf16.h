@@ -54,8 +54,6 @@ struct Bf16 : Vec512 {
   static constexpr int kFusedRows = 6;
   static constexpr int kMostFused = 72;
   static constexpr int kTileRows = 6;
-  static constexpr int kPrefetch = 2048;
-  static constexpr int kPanelPrefetch = 4096;
 
   static Operand broadcast(const Element* x) {
     int32_t pair;
