@@ -492,6 +492,11 @@ def test_kernels_keep_to_pytorchs_capability(libraries: dict[str, NativeLibrary]
             assert best["avx512"] == expected
 
 
+def test_no_kernel_fails_its_self_test(libraries: dict[str, NativeLibrary]) -> None:
+    """Such a kernel would be skipped above, not tested."""
+    assert [library.failed for library in libraries.values()] == [()] * len(libraries)
+
+
 def test_a_kernel_that_fails_its_self_test_is_not_used(
     libraries: dict[str, NativeLibrary], monkeypatch: pytest.MonkeyPatch
 ) -> None:

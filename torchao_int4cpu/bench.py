@@ -65,7 +65,7 @@ class Kernel(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What this machine does at best with torch's threads, measured.
+    """What this machine can do with torch's threads, measured.
 
     Attributes:
         read_gb_per_s: bytes read from memory, 1e9 a second.
@@ -120,13 +120,14 @@ class Row:
 
 
 def measure_limits(passes: int = 7) -> Limits:
-    """Read bandwidth and arithmetic of this machine with torch's threads: the best of several passes."""
+    """Measure with torch's threads: median bandwidth (neighbours share it), best arithmetic."""
     data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    read = min(_seconds(lambda: data.sum()) for _ in range(passes + 1))
+    data.sum()
+    read = statistics.median(_seconds(lambda: data.sum()) for _ in range(passes))
     operations = operations_at_best(1)
     peak = None
     if operations:
-        spin = min(_seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes + 1))
+        spin = min(_seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes))
         peak = operations * PEAK_ROUNDS / spin / 1e9
     return Limits(data.nbytes / read / 1e9, peak)
 

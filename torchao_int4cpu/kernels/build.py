@@ -21,7 +21,7 @@ LIBRARY_PATH = Path(__file__).parent / "libint4cpu.so"
 
 FLAGS = [
     "-std=c++2a",
-    "-O2",
+    "-O3",  # one row of a 4096 x 4096 weight: 0.30 ms, with -O2 0.36 (GCC 12)
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-exceptions",
