@@ -492,6 +492,29 @@ def test_kernels_keep_to_pytorchs_capability(libraries: dict[str, NativeLibrary]
             assert best["avx512"] == expected
 
 
+def test_without_an_openmp_runtime_one_thread_is_used_and_said(
+    libraries: dict[str, NativeLibrary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx2" not in libraries:
+        pytest.skip("kernel avx2 cannot run here")
+    monkeypatch.setattr(NativeLibrary, "_share_threads", lambda self: False)
+    library = NativeLibrary(libraries["avx2"].path)
+    with pytest.warns(UserWarning, match=r"run on one thread; choose .*set_kernel\('aten'\)"):
+        runnable = choice._runnable_kernels(library, "AVX2")
+    monkeypatch.setattr(choice, "LIBRARY", library)
+    monkeypatch.setattr(choice, "_RUNNABLE", runnable)
+    assert "on one thread" in choice.native_status()
+
+
+def test_importing_under_another_default_device() -> None:
+    script = (
+        "import torch; torch.set_default_device('meta'); import torchao_int4cpu.kernels as k; "
+        "print(k.native_status())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == choice.native_status(), done.stderr[-2000:]
+
+
 def test_no_kernel_fails_its_self_test(libraries: dict[str, NativeLibrary]) -> None:
     """Such a kernel would be skipped above, not tested."""
     assert [library.failed for library in libraries.values()] == [()] * len(libraries)

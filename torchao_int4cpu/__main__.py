@@ -19,7 +19,7 @@ import torchao
 from torchao_int4cpu import Int4WeightOnlyConfig, __version__, bench, demo, get_kernel, plot
 from torchao_int4cpu.choose_qparams import ALGORITHMS
 from torchao_int4cpu.groupwise import GROUP_SIZES
-from torchao_int4cpu.kernels import kernel_choices, native_unavailable
+from torchao_int4cpu.kernels import kernel_choices, native_status
 from torchao_int4cpu.layout import native_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -100,7 +100,7 @@ def _environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "layout": layout.name if layout else "none: PyTorch's int4 op does not run here",
-        "native kernels": native_unavailable() or "compiled, and right in their self-test",
+        "native kernels": native_status(),
         "kernel chosen": get_kernel(),
     }
 

@@ -75,6 +75,12 @@ def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> 
             "not used; please report the CPU and the compiler",
             stacklevel=2,
         )
+    if not library.shares_threads and torch.get_num_threads() > 1:
+        warnings.warn(
+            "PyTorch's OpenMP runtime was not found in this process, so native kernels run on one "
+            "thread; choose torchao_int4cpu.set_kernel('aten') for PyTorch's own threads",
+            stacklevel=2,
+        )
     allowed = KERNELS_OF_CAPABILITY.get(capability, ())
     best = {}
     for layout, names in KERNELS_OF_LAYOUT.items():
@@ -126,6 +132,15 @@ def native_unavailable() -> str | None:
         return None
     capability = torch.backends.cpu.get_cpu_capability()
     return f"there is none for the CPU capability {capability!r}, which PyTorch's kernels keep to here"
+
+
+def native_status() -> str:
+    """Whether native kernels can run in this process, and if not or slower than they might, why."""
+    if isinstance(LIBRARY, Unavailable) or not _RUNNABLE:
+        return str(native_unavailable())
+    if LIBRARY.shares_threads:
+        return "compiled, and right in their self-test"
+    return "compiled, but on one thread: PyTorch's OpenMP runtime was not found in this process"
 
 
 def native_kernel(layout: NibbleLayout) -> str | None:

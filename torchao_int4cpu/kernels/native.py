@@ -101,10 +101,13 @@ class NativeLibrary:
         """
         layout = next(LAYOUTS[name] for name, names in KERNELS_OF_LAYOUT.items() if kernel in names)
         n, k, group_size = 70, 90, 32
-        codes = torch.arange(80 * 96).mul(7).bitwise_and(15).to(torch.uint8).reshape(80, 96)
-        scale_and_zero = torch.tensor([1, -3], dtype=torch.bfloat16).repeat(3, 80, 1)
+        # On the CPU whatever torch.set_default_device says while this package is imported.
+        codes = (
+            torch.arange(80 * 96, device="cpu").mul(7).bitwise_and(15).to(torch.uint8).reshape(80, 96)
+        )
+        scale_and_zero = torch.tensor([1, -3], dtype=torch.bfloat16, device="cpu").repeat(3, 80, 1)
         weight = PackedInt4(pack(codes, layout), scale_and_zero, group_size, layout, n, k)
-        x = torch.arange(97 * k).remainder(5).sub(2).reshape(97, k).to(torch.float32)
+        x = torch.arange(97 * k, device="cpu").remainder(5).sub(2).reshape(97, k).to(torch.float32)
         expected = x @ (codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)).t()
         return all(torch.equal(self.mm(kernel, x[:m], weight), expected[:m]) for m in (1, 97))
 
