@@ -4,6 +4,7 @@ emulated in plain C++, so that all but the instructions themselves is tested on 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -478,6 +479,14 @@ def test_the_environment_chooses(value: str) -> None:
         assert "ValueError: kernel 'x86' is not known; choose 'auto', 'aten' or 'native'" in done.stderr
     else:
         assert done.stdout == f"{value}\n"
+
+
+def test_c_and_python_number_the_kernels_alike(libraries: dict[str, NativeLibrary]) -> None:
+    for library in libraries.values():
+        name_of = ctypes.CDLL(str(library.path.resolve())).int4cpu_kernel_name
+        name_of.restype = ctypes.c_char_p
+        names = [name_of(i) for i in range(len(KERNELS) + 1)]
+        assert names == [*(name.encode() for name in KERNELS), None]
 
 
 def test_kernels_keep_to_pytorchs_capability(libraries: dict[str, NativeLibrary]) -> None:
