@@ -11,7 +11,7 @@ namespace int4cpu {
 
 enum Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// A row of x is packed by a power of two (see `row_factor`), and y multiplied by its inverse.
+// One product. A row of x is multiplied by `row_factor`, a power of two, and its results by the inverse.
 struct Problem {
   // Activation [m, k] in `dtype`, rows `x_stride` elements apart; result [m, n], contiguous.
   const void* x;
