@@ -207,12 +207,20 @@ def test_a_lora_adapter_learns_while_the_base_stays() -> None:
     assert torch.equal(w.qdata, before)  # type: ignore[attr-defined]
 
 
-def test_a_weight_that_wants_a_gradient_is_refused() -> None:
-    w = nn.Parameter(weight_of())  # requires_grad=True is nn.Parameter's default
-    with pytest.raises(ValueError, match=r"requires_grad=True.*requires_grad_\(False\)"):
-        F.linear(torch.randn(3, 70), w)
-    with torch.no_grad():
-        F.linear(torch.randn(3, 70), w)
+def test_a_weight_stays_frozen() -> None:
+    w = nn.Parameter(weight_of())  # requires_grad=True is nn.Parameter's default, and no wish
+    assert not w.requires_grad
+    layer = nn.Linear(70, 40)
+    layer.weight = w
+    with pytest.warns(UserWarning, match="stays frozen .* train an adapter"):
+        layer.requires_grad_(True)
+    with pytest.warns(UserWarning, match="stays frozen"):
+        w.requires_grad = True
+    assert [p.requires_grad for p in layer.parameters()] == [False, True]
+    layer(torch.randn(3, 70)).sum().backward()
+    assert w.grad is None
+    layer.requires_grad_(False)
+    assert not weight_of().requires_grad_().requires_grad
 
 
 # --- conversions --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ROOMS = [
     "tensor",
     "dispatch",
     "checkpoint",
+    "safetensors_format",
     "config",
     "bench",
     "demo",

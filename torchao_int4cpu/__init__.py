@@ -4,7 +4,7 @@ Importing this package makes torchao's configs understand ``"opaque"`` and makes
 loadable. The names below are the public ones.
 """
 
-from torchao_int4cpu import checkpoint, dispatch  # imported for what they register
+from torchao_int4cpu import checkpoint, dispatch, safetensors_format  # imported for what they register
 from torchao_int4cpu.config import Int4WeightOnlyConfig
 from torchao_int4cpu.groupwise import GroupwiseInt4
 from torchao_int4cpu.kernels import get_kernel, set_kernel
@@ -22,4 +22,4 @@ __all__ = [
     "set_kernel",
 ]
 
-del checkpoint, dispatch
+del checkpoint, dispatch, safetensors_format

@@ -1,4 +1,4 @@
-"""How an `Int4OpaqueTensor` is saved and loaded: format version, checks, repacking on load.
+"""How an `Int4OpaqueTensor` is pickled and unpickled: format version, checks, repacking on load.
 
 A saved tensor records the layout of its bytes. Whoever loads it (`torch.load` with
 ``weights_only=True``, pickle, a whole module) gets it repacked for the process that loads.
@@ -38,17 +38,7 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
             "so the file is damaged or was not written by torchao_int4cpu"
         )
     state = dict(state)
-    version = state.pop("format_version", None)
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(
-            f"a saved 4-bit weight has format_version={version!r}; it must be an int from 1 to "
-            f"{FORMAT_VERSION}, so the file is damaged or was not written by torchao_int4cpu"
-        )
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"a saved 4-bit weight has format_version={version}; this torchao_int4cpu reads up to "
-            f"{FORMAT_VERSION}, so install a newer one"
-        )
+    check_version(state.pop("format_version", None))
     missing = [name for name in _PARTS if name not in state]
     if missing:
         raise ValueError(
@@ -61,9 +51,37 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
             f"a saved 4-bit weight has strides {t.stride()}; only contiguous ones are written, "
             "so the file is damaged, save it again"
         )
-    torch._utils._set_obj_state(t, state)
+    attached = {name: value for name, value in state.items() if name not in _PARTS}
+    for name in attached:
+        # Attributes that Python code has attached are kept; one that hides a method would do harm.
+        if name != "_is_param" and (not isinstance(name, str) or hasattr(type(t), name)):
+            raise ValueError(
+                f"a saved 4-bit weight has an attribute {name!r} that the class itself defines; "
+                "no such thing is written, so the file is damaged"
+            )
+    t.__dict__.update(parts | attached)
     t.block_size = list(t.block_size)
+    with torch._C.DisableTorchFunctionSubclass():
+        t.requires_grad_(False)  # it stays frozen, whatever the file says
     t.repack_()
+
+
+def check_version(version: object) -> None:
+    """Check the format version that a file gives.
+
+    Raises:
+        ValueError: it is none, or newer than this package reads.
+    """
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"a saved 4-bit weight has format_version={version!r}; it must be an int from 1 to "
+            f"{FORMAT_VERSION}, so the file is damaged or was not written by torchao_int4cpu"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"a saved 4-bit weight has format_version={version}; this torchao_int4cpu reads up to "
+            f"{FORMAT_VERSION}, so install a newer one"
+        )
 
 
 Int4OpaqueTensor.__getstate__ = get_state  # type: ignore[method-assign,assignment]

@@ -5,6 +5,7 @@ Handlers unwrap, call code on plain tensors, and wrap. An op without one is refu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
 
     Raises:
         TypeError: ``weight`` is no 4-bit weight, or ``input`` has another dtype.
-        ValueError: shapes or devices do not match, or the weight is asked for a gradient.
+        ValueError: shapes or devices do not match.
     """
     if not isinstance(weight, Int4OpaqueTensor):
         raise TypeError(
@@ -76,7 +77,6 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
         and shape
         and shape[-1] == packed.k
         and input.device == packed.qdata.device
-        and not (grad and weight.requires_grad)
     ):
         raise _misfit(input, weight)
 
@@ -113,14 +113,9 @@ def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
             f"linear got an activation of shape {list(input.shape)} for a 4-bit weight of shape "
             f"{[n, k]}; the last dimension must be K={k}"
         )
-    if input.device != weight.device:
-        return ValueError(
-            f"linear got an activation on {input.device} and a 4-bit weight on {weight.device}; "
-            "both must be on 'cpu', so move the activation with .to('cpu')"
-        )
     return ValueError(
-        "linear got a 4-bit weight with requires_grad=True; it is frozen and gets no gradient, "
-        "so call .requires_grad_(False) on it"
+        f"linear got an activation on {input.device} and a 4-bit weight on {weight.device}; "
+        "both must be on 'cpu', so move the activation with .to('cpu')"
     )
 
 
@@ -150,12 +145,42 @@ def handle_to(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs)
     return result
 
 
+_SET_REQUIRES_GRAD: Any = torch.Tensor.requires_grad  # annotated as bool; it is a descriptor
+
+
+@implements_function([torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD.__set__])
+def handle_requires_grad_(
+    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+) -> Int4OpaqueTensor:
+    """Stay frozen, so that ``requires_grad`` tells the truth to optimizers and to whoever counts.
+
+    `torch.nn.Parameter` asks for a gradient by default, and transformers does so for what it loads:
+    that is no wish of the user. To ask a parameter for one is, and gets a warning.
+    """
+    weight: Int4OpaqueTensor = args[0]
+    wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    if wanted and isinstance(weight, torch.nn.Parameter):
+        warnings.warn(
+            "a 4-bit weight stays frozen whatever requires_grad is set to; "
+            "train an adapter beside it (LoRA), or the original weight",
+            stacklevel=3,
+        )
+    return weight
+
+
 @implements([aten.empty_like.default])
 def handle_empty_like(
     func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
 ) -> Int4OpaqueTensor:
     """`torch.empty_like`, which ``module.to_empty(device=...)`` calls."""
     return _converted(args[0], kwargs, lambda part, device: torch.empty_like(part, device=device))
+
+
+@implements([aten.is_pinned.default])
+def handle_is_pinned(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
+    """``is_pinned``, which `torch.distributed.checkpoint` asks before it saves."""
+    pinned: bool = args[0].qdata.is_pinned()
+    return pinned
 
 
 @implements([aten.copy_.default])

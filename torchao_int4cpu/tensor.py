@@ -51,7 +51,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         qdata_layout: ``"avx512"``, ``"avx2"`` or ``"default"``.
         dtype: what `dequantize` gives: bfloat16, float16 or float32. The parts keep theirs.
 
-    The weight is frozen: gradients flow through it to the activation, never into it.
+    The weight is frozen: gradients flow through it to the activation, never into it, and
+    ``requires_grad`` stays False.
 
     Raises:
         TypeError: a part has the wrong class or dtype.

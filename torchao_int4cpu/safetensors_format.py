@@ -1,0 +1,131 @@
+"""How an `Int4OpaqueTensor` lies in a safetensors file, in torchao's naming; registered with torchao.
+
+A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
+``a.b._weight_scale_and_zero`` (and ``a.b._weight_act_pre_scale``). The file's metadata says under
+``a.b.weight`` what they are, as JSON::
+
+    {"_type": "torchao_int4cpu.Int4OpaqueTensor",
+     "_data": {"format_version": 1, "block_size": [1, 64], "shape": [512, 1000],
+               "qdata_layout": "avx512", "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+               "crc32": {"qdata": "0a1b2c3d", "scale_and_zero": "4e5f6071"}},
+     "_tensor_data_names": ["qdata", "scale_and_zero"]}
+
+Source of the naming: torchao/prototype/safetensors of torchao 0.18, which Hugging Face transformers 5
+and vLLM call. ``_type`` names this package, because torchao's prototype has a class of the same name,
+and because whoever loads the file without this package is shown it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.prototype.safetensors import safetensors_utils
+
+from torchao_int4cpu.checkpoint import FORMAT_VERSION, check_version
+from torchao_int4cpu.tensor import Int4OpaqueTensor
+
+#: What stands in a file's metadata for our class.
+TYPE_NAME = "torchao_int4cpu.Int4OpaqueTensor"
+
+#: Arguments of `Int4OpaqueTensor` that a file gives.
+_ARGUMENTS = ("qdata", "scale_and_zero", "block_size", "shape", "qdata_layout", "dtype")
+
+
+def part_key(name: str, part: str) -> str:
+    """The key of one part: ``("a.b.weight", "qdata")`` gives ``"a.b._weight_qdata"``.
+
+    Raises:
+        ValueError: ``name`` has no dot, which torchao's naming needs.
+    """
+    module, dot, parameter = name.rpartition(".")
+    if not dot:
+        raise ValueError(
+            f"{name!r} is the name of a 4-bit weight without a module; torchao's safetensors naming "
+            "needs one, so save the state dict of a module that contains this one"
+        )
+    return f"{module}._{parameter}_{part}"
+
+
+def parts_of(t: Int4OpaqueTensor) -> dict[str, Tensor]:
+    """The tensors that are stored, by the names of the fields."""
+    parts = {"qdata": t.qdata, "scale_and_zero": t.scale_and_zero}
+    if t.act_pre_scale is not None:
+        parts["act_pre_scale"] = t.act_pre_scale
+    return parts
+
+
+def metadata_of(t: Int4OpaqueTensor, *, checksums: bool = True) -> dict[str, Any]:
+    """What the file's metadata says of one weight, see the module's docstring."""
+    parts = parts_of(t)
+    data: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "block_size": list(t.block_size),
+        "shape": list(t.shape),
+        "qdata_layout": t.qdata_layout,
+        "dtype": {"_type": "torch.dtype", "_data": str(t.dtype).removeprefix("torch.")},
+    }
+    if checksums:
+        data["crc32"] = {name: crc32(part) for name, part in parts.items() if part.device.type == "cpu"}
+    return {"_type": TYPE_NAME, "_data": data, "_tensor_data_names": list(parts)}
+
+
+def crc32(part: Tensor) -> str:
+    """CRC-32 of a contiguous CPU tensor's bytes, 8 hexadecimal digits. It finds damage, not intent."""
+    buffer = (ctypes.c_char * part.nbytes).from_address(part.data_ptr()) if part.nbytes else b""
+    return f"{zlib.crc32(buffer):08x}"
+
+
+def from_safetensors(**data: Any) -> Int4OpaqueTensor:
+    """What torchao calls with the metadata and the tensors of one weight: check all of it, repack.
+
+    Checksums are not compared: ``python -m torchao_int4cpu inspect --verify`` does.
+
+    Raises:
+        TypeError, ValueError: as `Int4OpaqueTensor`, or the format is newer, or something is missing.
+    """
+    check_version(data.pop("format_version", None))
+    data.pop("crc32", None)
+    missing = [name for name in _ARGUMENTS if name not in data]
+    unknown = [name for name in data if name not in (*_ARGUMENTS, "act_pre_scale")]
+    if missing or unknown:
+        raise ValueError(
+            f"a saved 4-bit weight has {', '.join(map(repr, data))}; it must have "
+            f"{', '.join(map(repr, _ARGUMENTS))} and perhaps 'act_pre_scale', so the file is damaged"
+        )
+    return Int4OpaqueTensor(**data).repack_()
+
+
+def _register() -> None:
+    """Let torchao's ``flatten_tensor_state_dict`` and ``unflatten_tensor_state_dict`` know our class.
+
+    They keep a list of names for both the class and ``_type``. What is written is asked of a JSON
+    encoder, for which there is no registration: its method is wrapped, once.
+    """
+    for name in (Int4OpaqueTensor.__name__, TYPE_NAME):
+        if name not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
+            safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(name)
+    safetensors_utils.ALLOWED_CLASSES[TYPE_NAME] = from_safetensors
+
+    encoder = safetensors_utils.TensorSubclassAttributeJSONEncoder
+    original = getattr(encoder.default, "torchao_default", encoder.default)
+
+    def default(self: json.JSONEncoder, o: object) -> Any:
+        if isinstance(o, Int4OpaqueTensor):
+            return metadata_of(o)
+        if type(o).__name__ == Int4OpaqueTensor.__name__ and isinstance(o, torch.Tensor):
+            raise ValueError(
+                f"got a {type(o).__module__}.Int4OpaqueTensor of torchao's prototype, which cannot be "
+                "saved as safetensors; convert it with torchao_int4cpu.Int4OpaqueTensor.from_upstream"
+            )
+        return original(self, o)
+
+    default.torchao_default = original  # type: ignore[attr-defined]
+    encoder.default = default
+
+
+_register()
