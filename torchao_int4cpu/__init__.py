@@ -10,6 +10,7 @@ from torchao_int4cpu.groupwise import GroupwiseInt4
 from torchao_int4cpu.kernels import get_kernel, set_kernel
 from torchao_int4cpu.layout import native_layout
 from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.upstream import load_prototype
 from torchao_int4cpu.version import __version__
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Int4WeightOnlyConfig",
     "__version__",
     "get_kernel",
+    "load_prototype",
     "native_layout",
     "set_kernel",
 ]

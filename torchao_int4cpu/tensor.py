@@ -5,7 +5,7 @@ It knows neither aten ops (`dispatch`) nor how a file stores it (`checkpoint`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,30 +179,15 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
 
         Raises:
             TypeError: ``t`` is not that class, or is its int8-activation mode.
-            ValueError: unknown layout, or parts that do not fit together.
+            ValueError: unknown layout, parts that do not fit together, or a scale or zero that is
+                not finite in bfloat16.
         """
         if type(t).__name__ != "Int4OpaqueTensor" or not type(t).__module__.startswith("torchao."):
             raise TypeError(
                 f"got a {type(t).__module__}.{type(t).__name__}; "
                 "from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor"
             )
-        parts: Any = t
-        mode = getattr(parts, "act_mapping_type", None)
-        if mode is not None:
-            raise TypeError(
-                f"this tensor has int8 activations (act_mapping_type={mode!r}), a different format; "
-                "only weight-only tensors can be converted, so quantize the original weight again"
-            )
-        converted = cls(
-            parts.qdata,
-            parts.scale_and_zero.to(QPARAMS_DTYPE).contiguous(),
-            list(parts.block_size),
-            parts.shape,
-            layout,
-            parts.dtype,
-            parts.act_pre_scale,
-        )
-        return converted.repack_()
+        return from_upstream_parts(vars(t), t.shape, t.dtype, layout)
 
     def to_groupwise(self) -> GroupwiseInt4:
         """Unpack: the exact codes, and scale and zero as stored (bfloat16)."""
@@ -262,6 +247,40 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             f"Int4OpaqueTensor({self._quantization_type()},\n"
             f"    device={self.device}, qdata_layout={self.qdata_layout!r}, bytes={data})"
         )
+
+
+def from_upstream_parts(
+    parts: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype, layout: str
+) -> Int4OpaqueTensor:
+    """`Int4OpaqueTensor.from_upstream` on the attributes of such a tensor, as its pickle has them.
+
+    What is allocated is bounded by the bytes of the parts, whatever ``shape`` says.
+
+    Raises:
+        TypeError, ValueError: as `Int4OpaqueTensor.from_upstream`.
+    """
+    if any(parts.get(name) is not None for name in ("act_mapping_type", "qzeros", "compensation")):
+        raise TypeError(
+            "this tensor has int8 activations (DA8W4, "
+            f"act_mapping_type={parts.get('act_mapping_type')!r}), a different format; "
+            "only weight-only tensors can be converted, so quantize the original weight again"
+        )
+    names = ("qdata", "scale_and_zero", "block_size", "act_pre_scale")
+    qdata, scale_and_zero, block_size, act_pre_scale = (parts.get(name, None) for name in names)
+    # Contiguous: as many bytes as the shape says. The check of the parts refuses all others.
+    if (
+        isinstance(scale_and_zero, Tensor)
+        and scale_and_zero.dtype in FLOAT_DTYPES
+        and scale_and_zero.is_contiguous()
+    ):
+        scale_and_zero = scale_and_zero.to(QPARAMS_DTYPE)
+    t = Int4OpaqueTensor(qdata, scale_and_zero, block_size, shape, layout, dtype, act_pre_scale)
+    if t.device.type == "cpu" and not bool(torch.isfinite(t.scale_and_zero).all()):
+        raise ValueError(
+            "scale_and_zero has NaN or infinite values in bfloat16; every one must be finite, "
+            "so check the original weight and quantize it again"
+        )
+    return t.repack_()
 
 
 def padded_shape(n: int, k: int, group_size: int) -> tuple[int, int]:
