@@ -15,7 +15,7 @@ from tests.numerics import native
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu import bench, get_kernel, plot
 from torchao_int4cpu.bench import Row
-from torchao_int4cpu.demo import MissingExtra
+from torchao_int4cpu.extras import MissingExtra
 from torchao_int4cpu.kernels import native_kernel
 
 LIMITS = bench.Limits(1.0, None)

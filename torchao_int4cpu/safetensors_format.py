@@ -32,6 +32,26 @@ from torchao_int4cpu.tensor import Int4OpaqueTensor
 #: What stands in a file's metadata for our class.
 TYPE_NAME = "torchao_int4cpu.Int4OpaqueTensor"
 
+#: The dtypes of the format, by their names in a file's header.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
 #: Arguments of `Int4OpaqueTensor` that a file gives.
 _ARGUMENTS = ("qdata", "scale_and_zero", "block_size", "shape", "qdata_layout", "dtype")
 
