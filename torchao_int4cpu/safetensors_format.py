@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchao.prototype.safetensors import safetensors_utils
 
 from torchao_int4cpu.checkpoint import FORMAT_VERSION, check_version
 from torchao_int4cpu.tensor import Int4OpaqueTensor
@@ -126,6 +125,10 @@ def _register() -> None:
     They keep a list of names for both the class and ``_type``. What is written is asked of a JSON
     encoder, for which there is no registration: its method is wrapped, once.
     """
+    try:
+        from torchao.prototype.safetensors import safetensors_utils
+    except ImportError:
+        return  # it needs numpy; who saves or loads through it without numpy is told so by its import
     for name in (Int4OpaqueTensor.__name__, TYPE_NAME):
         if name not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
             safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(name)
