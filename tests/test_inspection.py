@@ -1,0 +1,135 @@
+"""What `inspect` finds in whole and in damaged checkpoints, and that it reads no more than it must."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.numerics import random_groupwise
+from tests.test_huggingface import int4_items, llama, quantized, written
+from tests.test_old_files import FILES, GROUP_SIZE, SETS, K, N
+from torchao_int4cpu import Int4OpaqueTensor, inspection
+from torchao_int4cpu.inspection import inspect
+from torchao_int4cpu.safetensors_format import metadata_of, part_key, parts_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return quantized(written(llama(), tmp_path_factory.mktemp("source")))
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_a_directory(model: Any, shard: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    contents = inspect(tmp_path, verify=True)
+    weights = dict(int4_items(model))
+    assert contents.problems == []
+    assert {weight.name for weight in contents.weights} == set(weights)
+    for found in contents.weights:
+        weight = weights[found.name]
+        assert found.shape == tuple(weight.shape)
+        assert found.group_size == weight.block_size[1]
+        assert found.qdata_layout == weight.qdata_layout
+        assert found.dtype == "bfloat16"
+        assert found.nbytes == weight.qdata.nbytes + weight.scale_and_zero.nbytes
+    assert {tensor.key for tensor in contents.others} == set(model.state_dict()) - set(weights)
+    assert (contents.verified, contents.unverified) == (2 * len(weights), 0)
+    assert contents.quantization is not None
+    assert contents.quantization["quant_method"] == "torchao"
+    assert (len(contents.files) > 1) == (shard == "20KB")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
+    contents = inspect(FILES / name / "model.safetensors", verify=True)
+    (weight,) = contents.weights
+    assert weight.qdata_layout == name.partition("-")[2]
+    assert (weight.shape, weight.group_size, weight.dtype) == ((N, K), GROUP_SIZE, "float16")
+    assert (contents.verified, contents.others, contents.problems) == (3, [], [])
+
+
+def file_of(folder: Path, changes: dict[str, Any] | None = None, **parts: Tensor) -> Path:
+    """A file with one weight of two parts, whose metadata or parts are changed."""
+    t = Int4OpaqueTensor.from_groupwise(random_groupwise(80, 70, 32))
+    entry = metadata_of(t)
+    entry["_data"] |= changes or {}
+    tensors = {part_key("a.weight", part): value for part, value in (parts_of(t) | parts).items()}
+    save_file(tensors, folder / "a.safetensors", {"a.weight": json.dumps(entry), "format": "pt"})
+    return folder / "a.safetensors"
+
+
+def test_a_flipped_bit_is_seen_by_verify_alone(tmp_path: Path) -> None:
+    path = file_of(tmp_path)
+    with safe_open(path, "pt") as file:
+        qdata = file.get_tensor("a._weight_qdata")
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes(qdata.flatten()[:64].tolist()))
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert inspect(path).problems == []
+    contents = inspect(path, verify=True)
+    assert contents.problems == [
+        "a._weight_qdata: the checksum differs, so its bytes are damaged; fetch a.safetensors again"
+    ]
+    assert contents.verified == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"shape": [80, 700]}, r"a\.weight: qdata has shape \[80, 48\]; .* needs"),
+        ({"qdata_layout": "avx1024"}, "layout 'avx1024' is not known"),
+        ({"format_version": 9}, "install a newer one"),
+        ({"block_size": "x"}, "block_size is 'x'"),
+        ({"dtype": {"_type": "torch.dtype", "_data": "nothing"}}, "nothing"),
+    ],
+)
+def test_problems_are_told(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    contents = inspect(file_of(tmp_path, changes), verify=True)
+    (found,) = contents.problems
+    assert re.search(problem, found)
+    assert contents.weights == []
+    assert len(contents.others) == 2  # the parts that no weight has taken
+
+
+def test_a_missing_shard_is_told(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    sorted(tmp_path.glob("*.safetensors"))[2].unlink()
+    problems = inspect(tmp_path).problems
+    assert problems
+    assert all("is missing; the checkpoint is not complete" in problem for problem in problems)
+
+
+def test_a_file_without_checksums(tmp_path: Path) -> None:
+    contents = inspect(file_of(tmp_path, {"crc32": None}), verify=True)
+    assert (contents.problems, contents.verified, contents.unverified) == ([], 0, 2)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no safetensors file; give one"):
+        inspect(tmp_path)
+    with pytest.raises(ValueError, match="has no safetensors file"):
+        inspect(tmp_path / "none.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match=r"cannot be read .* the file is damaged"):
+        inspect(tmp_path)
+    save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        inspect(tmp_path)
+
+
+def test_without_verify_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = file_of(tmp_path)
+    monkeypatch.setattr(inspection, "crc32", None)  # the only thing that looks into a part
+    assert inspect(path).problems == []
+    with pytest.raises(TypeError):
+        inspect(path, verify=True)
