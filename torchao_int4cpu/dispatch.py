@@ -67,8 +67,7 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
             "linear got a 4-bit tensor that is not its weight; "
             "only the weight can be one, so call .dequantize() on the other"
         )
-    if torch.is_autocast_enabled("cpu"):
-        input = input.to(torch.get_autocast_dtype("cpu"))
+    input = _cast_by_autocast(input)
     packed = weight.packed()
     shape = input.shape
     grad = torch.is_grad_enabled()
@@ -99,6 +98,26 @@ def linear(input: Tensor, weight: Int4OpaqueTensor, bias: Tensor | None = None) 
     if bias is not None:
         y = y.add_(bias)  # y is ours alone, so no second [M, N] is needed
     return y if len(shape) == 2 else y.reshape(*shape[:-1], packed.n)
+
+
+def _cast_by_autocast(input: Tensor) -> Tensor:
+    return input.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else input
+
+
+_library = torch.library.Library("torchao_int4cpu", "FRAGMENT")
+_library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", linear, "CompositeImplicitAutograd")
+
+
+def exported_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` as one op on the 4-bit weight, which `torch.export` keeps whole in its graph.
+
+    A graph on the parts of the weight would name their layout, but the weights of a saved program are
+    repacked for the process that loads them. ``run_decompositions`` and AOTInductor take the op apart,
+    and make the parts plain tensors that nobody repacks.
+    """
+    y: Tensor = torch.ops.torchao_int4cpu.linear.default(_cast_by_autocast(input), weight, bias)
+    return y
 
 
 def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
@@ -252,6 +271,8 @@ def handle_function(
     kwargs = kwargs or {}
     with torch._C.DisableTorchFunctionSubclass():
         if func is F.linear:  # the hot path: ahead of the table and its wrappers
+            if torch.compiler.is_exporting():
+                return exported_linear(*args, **kwargs)
             return linear(*args, **kwargs)
         handler = Int4OpaqueTensor._TORCH_FN_TABLE[Int4OpaqueTensor].get(func)
         if handler is not None:

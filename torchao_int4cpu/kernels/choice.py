@@ -101,9 +101,10 @@ def set_kernel(name: str) -> None:
     Args:
         name: ``"auto"`` for the native kernel where there is one and PyTorch's op elsewhere (the
             default), ``"aten"`` for ``aten._weight_int4pack_mm_for_cpu`` and the dense prefill, or
-            ``"native"`` to be told if there is no native kernel. Graphs that `torch.compile` and
-            `torch.export` trace under ``"aten"`` show the op itself for few rows; a graph keeps what
-            it shows. The environment variable ``TORCHAO_INT4CPU_KERNEL`` sets the same at import.
+            ``"native"`` to be told if there is no native kernel. Graphs that `torch.compile` traces
+            under ``"aten"`` show the op itself for few rows, and so do exported programs after
+            ``run_decompositions``, with a check of the layout; a graph keeps what it shows. The
+            environment variable ``TORCHAO_INT4CPU_KERNEL`` sets the same at import.
 
     Raises:
         ValueError: another name, or ``"native"`` where no native kernel runs.

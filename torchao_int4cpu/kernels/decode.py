@@ -30,8 +30,9 @@ def decode(x: Tensor, weight: PackedInt4) -> Tensor:
     if 2 * half_k != k:
         activation = F.pad(activation, (0, 2 * half_k - k))
     activation = activation.contiguous()
-    largest = max(x.shape[0] * max(padded_n, 2 * half_k), padded_n * half_k)
-    if largest <= OP_INDEX_LIMIT:
+    # Two comparisons: a `max` with a symbolic number of rows would guard on which of the two is larger.
+    widest = max(padded_n, 2 * half_k)
+    if x.shape[0] * widest <= OP_INDEX_LIMIT and padded_n * half_k <= OP_INDEX_LIMIT:
         y: Tensor = int4pack_mm(activation, qdata, group_size, scale_and_zero)
     else:
         y = _in_pieces(activation, weight, OP_INDEX_LIMIT)

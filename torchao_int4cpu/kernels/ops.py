@@ -15,11 +15,18 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchao_int4cpu.groupwise import FLOAT_DTYPES, check_group_size
-from torchao_int4cpu.kernels.choice import decode_max_rows, int4_mm, native_kernel
+from torchao_int4cpu.kernels.choice import decode_max_rows, get_kernel, int4_mm, native_kernel
 from torchao_int4cpu.kernels.decode import decode
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.kernels.prefill import int4_mm_grad
-from torchao_int4cpu.layout import ROW_MULTIPLE, layout_named, native_layout
+from torchao_int4cpu.layout import (
+    LAYOUTS,
+    ROW_MULTIPLE,
+    NibbleLayout,
+    layout_named,
+    native_layout,
+    pack,
+)
 
 
 def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
@@ -27,11 +34,14 @@ def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
 
     A call that is certain to be a `decode` shows PyTorch's own op in the graph. Otherwise the choice
     is made inside our op, when it runs, so that the number of rows is never guarded on: one graph
-    serves every M >= 2.
+    serves every M >= 2. An exported program may run elsewhere, where PyTorch's op reads another layout,
+    so it shows that op only if `set_kernel` asked for it, together with a check.
     """
     m = x.shape[0]
     wants_grad = torch.is_grad_enabled() and x.requires_grad
     if not wants_grad and statically_known_true(m > 0) and _certainly_decode(m, weight):
+        if torch.compiler.is_exporting():
+            _assert_layout(weight.layout)
         return decode(x, weight)
     ops = torch.ops.torchao_int4cpu
     op = ops.int4_mm_differentiable if wants_grad else ops.int4_mm
@@ -45,7 +55,41 @@ def _certainly_decode(m: int, weight: PackedInt4) -> bool:
     """Whether `choose_kernel` gives decode for every value that a symbolic ``m`` can have."""
     if native_kernel(weight.layout) is not None:
         return False
+    if torch.compiler.is_exporting() and get_kernel() != "aten":
+        return False  # our op reads every layout, wherever the program runs
     return weight.layout == native_layout() and statically_known_true(m <= decode_max_rows(weight))
+
+
+def _assert_layout(layout: NibbleLayout) -> None:
+    """Trace a check that PyTorch's op reads ``layout`` in the process that runs the program.
+
+    There it packs a small known matrix, which is an ``arange``: a constant could be folded with all
+    that is computed of it, so that the machine that compiles would do the packing.
+    """
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_known_codes(), 1)
+    torch.ops.aten._assert_async.msg(
+        _checksum(packed) == _CHECKSUMS[layout.name],
+        # No double quotes: inductor writes the message into C++ as it is.
+        f"this program holds 4-bit weights packed for {layout.name!r}, and PyTorch's int4 op reads "
+        "another layout in this process (other instruction set or ATEN_CPU_CAPABILITY); export it "
+        "again here, or anywhere under torchao_int4cpu.set_kernel('auto')",
+    )
+
+
+def _known_codes() -> Tensor:
+    """int32 ``[64, 2]``: a block of the largest layout, with a period that no layout has."""
+    return torch.arange(128, dtype=torch.int32, device="cpu").view(64, 2) % 13
+
+
+def _checksum(packed: Tensor) -> Tensor:
+    """int64 scalar that depends on where each byte lies."""
+    return (packed.view(-1) * torch.arange(packed.numel(), device="cpu")).sum()
+
+
+_CHECKSUMS = {
+    name: int(_checksum(pack(_known_codes().to(torch.uint8), layout)))
+    for name, layout in LAYOUTS.items()
+}
 
 
 _library = torch.library.Library("torchao_int4cpu", "DEF")
