@@ -1,0 +1,102 @@
+"""``bench --model``: time a whole model on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+
+from torchao_int4cpu import bench_model
+from torchao_int4cpu.choose_qparams import ALGORITHMS
+from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.commands.steps import Steps
+from torchao_int4cpu.config import Int4WeightOnlyConfig
+
+#: Options of bench that mean something only with --model, and only without.
+MODEL_OPTIONS = ("dim", "ffn", "layers", "vocab", "prompt_tokens", "new_tokens", "algorithm")
+LAYER_OPTIONS = ("shapes", "rows", "dtype", "compile", "plot")
+
+
+def add_to(command: argparse.ArgumentParser) -> None:
+    """Add the options to ``bench``."""
+    group = command.add_argument_group("a whole model instead of layers")
+    group.add_argument(
+        "--model",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="directory or hub id of a causal language model; without PATH a Llama of random weights",
+    )
+    for size in fields(bench_model.LlamaShape):
+        group.add_argument(f"--{size.name}", type=int, help=f"of the random Llama ({size.default})")
+    group.add_argument("--prompt-tokens", type=int, default=512, help="to prefill")
+    group.add_argument("--new-tokens", type=int, default=16, help="to decode after each prefill")
+    group.add_argument("--algorithm", default="tinygemm", choices=sorted(ALGORITHMS))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print measured rows of a whole model."""
+    refuse_given(args, LAYER_OPTIONS, "leave --model out")
+    sizes = {size.name: getattr(args, size.name) for size in fields(bench_model.LlamaShape)}
+    if args.model:
+        refuse_given(args, tuple(sizes), f"leave {args.model!r} out")
+    shape = bench_model.LlamaShape(**{name: n for name, n in sizes.items() if n is not None})
+    config = Int4WeightOnlyConfig(
+        group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
+    )
+    with Steps() as steps:
+        rows = bench_model.run(
+            args.model or shape,
+            config,
+            steps.show,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            passes=args.passes,
+            prototype=args.prototype,
+        )
+    where = environment() | {
+        "model": args.model or str(shape),
+        "group": args.group_size,
+        "algorithm": args.algorithm,
+        "prompt tokens": args.prompt_tokens,
+        "new tokens": args.new_tokens,
+        "passes": args.passes,
+    }
+    if args.json:
+        for line in (where, *map(asdict, rows)):
+            print(json.dumps(line))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in where.items()))
+        _print_model_rows(rows)
+    return 0
+
+
+def _print_model_rows(rows: Sequence[bench_model.ModelRow]) -> None:
+    print(
+        f"{'weights':<17} {'mode':<8} {'prefill ms':>10} {'tok/s':>7} {'x bf16':>6} {'decode ms':>9}"
+        f" {'tok/s':>7} {'x bf16':>6} {'in 4 bits':>10} {'weights GB':>10} {'peak GB':>7}"
+        f" {'compile s':>9} {'error':>7} {'to bf16':>7}"
+    )
+    for row in rows:
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        compile_s = "-" if row.compile_s is None else f"{row.compile_s:.1f}"
+        print(
+            f"{row.weights:<17} {row.mode:<8} {row.prefill_ms:>10.1f} {row.prefill_tokens_per_s:>7.1f}"
+            f" {row.prefill_vs_bf16:>6.2f} {row.decode_ms:>9.2f} {row.decode_tokens_per_s:>7.2f}"
+            f" {row.decode_vs_bf16:>6.2f} {f'{row.int4_layers} of {row.linear_layers}':>10}"
+            f" {row.weight_bytes / 1e9:>10.2f} {peak:>7} {compile_s:>9} {row.relative_error:>7.1e}"
+            f" {row.difference_from_bf16:>7.1e}"
+        )
+
+
+def refuse_given(args: argparse.Namespace, names: Sequence[str], cure: str) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    given = [name for name in names if getattr(args, name) != args.default_of(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"bench got {options}, which has no effect here; leave it out, or {cure}")

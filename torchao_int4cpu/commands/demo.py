@@ -1,0 +1,71 @@
+"""``demo``: a real model in 4 bits next to the original."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from torchao_int4cpu import demo
+from torchao_int4cpu.choose_qparams import ALGORITHMS
+from torchao_int4cpu.commands.options import Commands
+from torchao_int4cpu.commands.steps import Steps
+from torchao_int4cpu.config import Int4WeightOnlyConfig
+from torchao_int4cpu.groupwise import GROUP_SIZES
+
+DEFAULT_PROMPT = (
+    "The lighthouse keeper climbed the stairs every evening, because the ships that passed the cape "
+    "in the dark trusted a light that had not failed in a hundred years."
+)
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options."""
+    command = commands.add_parser("demo", help="a real model in 4 bits next to the original")
+    command.add_argument("--model", help="directory or hub id of a causal language model")
+    command.add_argument("--prompt", default=DEFAULT_PROMPT, help="text for --model")
+    command.add_argument("--new-tokens", type=int, default=64, help="to generate with --model")
+    command.add_argument("--group-size", type=int, default=64, choices=GROUP_SIZES)
+    command.add_argument("--algorithm", default="mse", choices=sorted(ALGORITHMS))
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print how the 4-bit model compares with the original."""
+    config = Int4WeightOnlyConfig(
+        group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
+    )
+    with Steps() as steps:
+        if args.model is None:
+            embedded = demo.embeddings(config, steps.show)
+            layers = embedded.layers
+        else:
+            generated = demo.causal(args.model, args.prompt, args.new_tokens, config, steps.show)
+            layers = generated.layers
+    threads = torch.get_num_threads()
+    print(f"settings           group {args.group_size}, {args.algorithm}, {threads} threads")
+    print(f"layers changed     {layers.changed} of {layers.linear} linear layers")
+    print(
+        f"their weights      {layers.bytes_before / 1e6:.1f} MB -> {layers.bytes_after / 1e6:.1f} MB"
+        f" ({layers.bytes_before / layers.bytes_after:.1f} times smaller)"
+    )
+    if args.model is None:
+        total = len(embedded.cosines)
+        for sentence, cosine in zip(demo.SENTENCES, embedded.cosines):
+            print(f"cosine {cosine:.4f}      {sentence}")
+        print(f"nearest neighbour  {embedded.neighbours_kept} of {total} unchanged")
+        print(
+            f"time per batch     {embedded.ms_original:.1f} ms original (fp32, eager), "
+            f"{embedded.ms_quantized:.1f} ms 4-bit (compiled)"
+        )
+    else:
+        print(
+            f"perplexity         {generated.perplexity_original:.3f} bf16, "
+            f"{generated.perplexity_quantized:.3f} 4-bit, on {generated.prompt_tokens} tokens"
+        )
+        print(
+            f"tokens per second  {generated.tokens_per_second_original:.1f} bf16 (eager), "
+            f"{generated.tokens_per_second_quantized:.1f} 4-bit (compiled)"
+        )
+        print(f"4-bit continuation {generated.continuation!r}")
+    return 0

@@ -1,0 +1,84 @@
+"""``inspect PATH``: what a checkpoint holds and what is wrong with it; exit status 1 if anything is."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from pathlib import Path
+
+from torchao_int4cpu.commands.options import Commands
+from torchao_int4cpu.inspection import Contents, inspect
+from torchao_int4cpu.layout import native_layout
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options."""
+    command = commands.add_parser("inspect", help="what a checkpoint holds, without loading it")
+    command.add_argument("path", type=Path, metavar="PATH", help="a file or a Hugging Face directory")
+    command.add_argument("--verify", action="store_true", help="read it all and compare checksums")
+    command.add_argument("--tensors", action="store_true", help="a line for every tensor")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found."""
+    contents = inspect(args.path, verify=args.verify)
+    print(f"{'files':<14} {len(contents.files)}, {_size(contents.files)}")
+    if contents.quantization is not None:
+        print(f"{'config.json':<14} {_quantization(contents.quantization)}")
+    _print_weights(contents)
+    if args.tensors:
+        _print_tensors(contents)
+    if args.verify:
+        print(f"{'checksums':<14} {contents.verified} parts agree, {contents.unverified} have none")
+    for problem in contents.problems:
+        print(f"{'PROBLEM':<14} {problem}")
+    return 1 if contents.problems else 0
+
+
+def _print_weights(contents: Contents) -> None:
+    kinds = collections.Counter(
+        (weight.group_size, weight.qdata_layout, weight.dtype) for weight in contents.weights
+    )
+    native = native_layout()
+    for (group_size, layout, dtype), count in sorted(kinds.items()):
+        size = sum(
+            weight.nbytes
+            for weight in contents.weights
+            if (weight.group_size, weight.qdata_layout, weight.dtype) == (group_size, layout, dtype)
+        )
+        here = native is not None and native.name == layout
+        where = "this CPU's" if here else "repacked for this CPU when it is loaded"
+        print(
+            f"{'4-bit weights':<14} {count}, {size / 1e9:.3f} GB, groups of {group_size}, {dtype}, "
+            f"layout {layout} ({where})"
+        )
+    others = sum(tensor.nbytes for tensor in contents.others)
+    print(f"{'other tensors':<14} {len(contents.others)}, {others / 1e9:.3f} GB")
+
+
+def _print_tensors(contents: Contents) -> None:
+    for weight in contents.weights:
+        what = f"4-bit {list(weight.shape)}, groups of {weight.group_size}"
+        print(f"  {weight.name}  {what}, {weight.nbytes} bytes")
+    for tensor in contents.others:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        print(f"  {tensor.key}  {dtype} {list(tensor.shape)}, {tensor.nbytes} bytes")
+
+
+def _size(files: list[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e9:.3f} GB"
+
+
+def _quantization(found: dict[str, object]) -> str:
+    """In the words of the config where it is torchao's, else as it stands."""
+    try:
+        config = found["quant_type"]["default"]  # type: ignore[index]
+        data = config["_data"]
+        algorithm = data["int4_choose_qparams_algorithm"]
+        name = algorithm["_data"].lower() if isinstance(algorithm, dict) else algorithm
+        return (
+            f"{config['_type']}, {data['int4_packing_format']}, groups of {data['group_size']}, {name}"
+        )
+    except (KeyError, TypeError, AttributeError):
+        return str(found)
