@@ -188,15 +188,18 @@ def test_what_is_compared_with_is_a_model_of_float32_weights(original: Any, text
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("shared", [1, 4])
-def test_attention_is_the_one_of_transformers(tokens: int, shared: int) -> None:
+@pytest.mark.parametrize("mask_heads", [0, 1, 2])
+def test_attention_is_the_one_of_transformers(tokens: int, shared: int, mask_heads: int) -> None:
     """Bit for bit, in eager mode."""
     module = nn.Module()
     module.num_key_value_groups, module.is_causal = shared, True  # type: ignore[assignment]
     query = torch.randn(1, 2 * shared, tokens, 64).bfloat16()
     key, value = torch.randn(2, 1, 2, 9, 64).bfloat16()
-    mask = torch.arange(9) <= 3 + torch.arange(tokens)[:, None]
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask[None, None], scaling=0.1)
-    y, weights = bench_model.attend(module, query, key, value, mask[None, None], scaling=0.1)
+    seen = torch.arange(9) <= 3 + torch.arange(tokens)[:, None]
+    # None for all, one for all heads, one for each head
+    mask = [None, seen[None, None], seen.expand(1, 2 * shared, -1, -1)][mask_heads]
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.1)
+    y, weights = bench_model.attend(module, query, key, value, mask, scaling=0.1)
     assert weights is None
     assert torch.equal(y, expected)
 

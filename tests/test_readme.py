@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_snippets_run(tmp_path: Path) -> None:
     """In order, as one session, in an empty folder."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], capture_output=True, text=True, cwd=tmp_path
     )
@@ -41,7 +41,7 @@ def test_there_are_two_commands_and_ci_runs_the_second() -> None:
 
 
 def test_it_is_short() -> None:
-    assert len(README.splitlines()) <= 120
+    assert len(README.splitlines()) <= 150
     assert len((ROOT / ".github" / "CONTRIBUTING.md").read_text().splitlines()) <= 45
 
 

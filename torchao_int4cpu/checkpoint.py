@@ -6,11 +6,13 @@ A saved tensor records the layout of its bytes. Whoever loads it (`torch.load` w
 
 from __future__ import annotations
 
+import traceback
+from itertools import combinations
 from typing import Any
 
 import torch
 
-from torchao_int4cpu.tensor import Int4OpaqueTensor, check_parts
+from torchao_int4cpu.tensor import Int4OpaqueTensor, check_parts, shown
 
 #: Raised whenever a reader of the old format could not read the new one.
 FORMAT_VERSION = 1
@@ -20,7 +22,8 @@ _PARTS = ("qdata", "scale_and_zero", "block_size", "qdata_layout", "act_pre_scal
 
 def get_state(t: Int4OpaqueTensor) -> dict[str, Any]:
     """``__getstate__``: the parts, whatever else Python has attached, and the format version."""
-    return {**t.__dict__, "format_version": FORMAT_VERSION}
+    state = {name: value for name, value in t.__dict__.items() if name != "_fits"}
+    return state | {"format_version": FORMAT_VERSION}
 
 
 def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
@@ -46,24 +49,99 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
         )
     parts = {name: state[name] for name in _PARTS}
     check_parts(shape=tuple(t.shape), dtype=t.dtype, **parts)
-    if not t.is_contiguous() or t.storage_offset() != 0:
-        raise ValueError(
-            f"a saved 4-bit weight has strides {t.stride()}; only contiguous ones are written, "
-            "so the file is damaged, save it again"
-        )
+    _check_wrapper(t, parts["qdata"].device)
     attached = {name: value for name, value in state.items() if name not in _PARTS}
-    for name in attached:
-        # Attributes that Python code has attached are kept; one that hides a method would do harm.
-        if name != "_is_param" and (not isinstance(name, str) or hasattr(type(t), name)):
-            raise ValueError(
-                f"a saved 4-bit weight has an attribute {name!r} that the class itself defines; "
-                "no such thing is written, so the file is damaged"
-            )
+    _check_attached(type(t), attached)
+    # The tensors of the file are in its hands: it can change them later, or ask them for gradients.
+    parts |= {name: part.detach() for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    _check_apart([part for part in parts.values() if isinstance(part, torch.Tensor)])
     t.__dict__.update(parts | attached)
     t.block_size = list(t.block_size)
+    t.packed()  # this checks them, so that the first use, perhaps in a trace, need not
     with torch._C.DisableTorchFunctionSubclass():
         t.requires_grad_(False)  # it stays frozen, whatever the file says
-    t.repack_()
+    if not _data_follow():  # else it keeps its layout: it multiplies right, and warns that it is slow
+        t.repack_()
+
+
+def _check_wrapper(t: Int4OpaqueTensor, device: torch.device) -> None:
+    """Check what the file says of ``t`` itself: a name for its parts, without memory of its own."""
+    if not _is_strided(t) or not t.is_contiguous() or t.storage_offset() != 0:
+        raise ValueError(
+            "a saved 4-bit weight says that its layout, strides or offset are not of a contiguous "
+            "tensor; no such file is written, so it is damaged, save it again"
+        )
+    if t.device.type != device.type:
+        raise ValueError(
+            f"a saved 4-bit weight is on {t.device} and its parts are on {device}; both must be on one "
+            "device, so load it with map_location='cpu'"
+        )
+    if t.data_ptr() != 0:
+        raise ValueError(
+            f"a saved 4-bit weight of shape {list(t.shape)} has a dense tensor's memory; it must have "
+            "none but its parts', so the file is damaged"
+        )
+
+
+def _is_strided(t: torch.Tensor) -> bool:
+    try:
+        return t.layout == torch.strided
+    except RuntimeError:  # torch does not know the layout of a tensor subclass that claims to be CSR
+        return False
+
+
+def _check_attached(cls: type, attached: dict[Any, Any]) -> None:
+    """Check what else the file attaches to the weight.
+
+    Attributes that Python code has attached are kept; one that hides a method would do harm, and so
+    would one that is a protocol: numpy reads wherever an ``__array_interface__`` points to.
+    """
+    for name in attached:
+        if name == "_is_param":
+            continue
+        if not isinstance(name, str) or name.startswith("__") or hasattr(cls, name):
+            raise ValueError(
+                f"a saved 4-bit weight has an attribute {shown(name)} that the class itself defines, "
+                "or that is no plain name; no such thing is written, so the file is damaged"
+            )
+    if not isinstance(attached.get("_is_param", True), bool):
+        raise TypeError(
+            f"a saved 4-bit weight has _is_param={shown(attached['_is_param'])}; it must be True or "
+            "absent, so the file is damaged"
+        )
+
+
+def _check_apart(parts: list[torch.Tensor]) -> None:
+    """Check that parts do not share memory: ``copy_`` into one would change the other.
+
+    Nor a storage of two dtypes: torch reads such a file, but does not write one.
+    """
+    real = [part for part in parts if type(part) is torch.Tensor and part.device.type == "cpu"]
+    for a, b in combinations(real, 2):
+        (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
+        one_storage = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        if (a_start < b_stop and b_start < a_stop) or (one_storage and a.dtype != b.dtype):
+            raise ValueError(
+                "two parts of a saved 4-bit weight share memory; each must have its own, "
+                "so the file is damaged, save it again"
+            )
+
+
+def _span(part: torch.Tensor) -> tuple[int, int]:
+    """Address of the first byte of a tensor, and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
+    return part.data_ptr(), part.data_ptr() + (last + 1) * part.element_size()
+
+
+def _data_follow() -> bool:
+    """Whether torch reads the bytes of the parts after this: in its format from before zip files.
+
+    Or never, under `torch.serialization.skip_data`. Nothing about a part itself tells.
+    """
+    if torch.serialization._serialization_tls.skip_data:
+        return True
+    loader = torch.serialization._legacy_load.__code__
+    return any(frame.f_code is loader for frame, _ in traceback.walk_stack(None))
 
 
 def check_version(version: object) -> None:
@@ -72,15 +150,15 @@ def check_version(version: object) -> None:
     Raises:
         ValueError: it is none, or newer than this package reads.
     """
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(
-            f"a saved 4-bit weight has format_version={version!r}; it must be an int from 1 to "
+            f"a saved 4-bit weight has format_version={shown(version)}; it must be an int from 1 to "
             f"{FORMAT_VERSION}, so the file is damaged or was not written by torchao_int4cpu"
         )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"a saved 4-bit weight has format_version={version}; this torchao_int4cpu reads up to "
-            f"{FORMAT_VERSION}, so install a newer one"
+            f"a saved 4-bit weight has format_version={shown(version)}; this torchao_int4cpu reads up "
+            f"to {FORMAT_VERSION}, so install a newer one"
         )
 
 

@@ -94,7 +94,8 @@ def metadata_of(t: Int4OpaqueTensor, *, checksums: bool = True) -> dict[str, Any
 
 
 def crc32(part: Tensor) -> str:
-    """CRC-32 of a contiguous CPU tensor's bytes, 8 hexadecimal digits. It finds damage, not intent."""
+    """CRC-32 of a CPU tensor's bytes in order, 8 hexadecimal digits. It finds damage, not intent."""
+    part = part.contiguous()  # act_pre_scale may have any strides
     buffer = (ctypes.c_char * part.nbytes).from_address(part.data_ptr()) if part.nbytes else b""
     return f"{zlib.crc32(buffer):08x}"
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_int4cpu.choose_qparams import QPARAMS_DTYPE, choose_qparams
@@ -29,6 +31,11 @@ from torchao_int4cpu.layout import (
     pack,
     repack,
     unpack,
+)
+
+#: What must fit together, and what holds it: shape and dtype are those of ``data``.
+_PARTS = frozenset(
+    ("qdata", "scale_and_zero", "block_size", "qdata_layout", "act_pre_scale", "data", "__dict__")
 )
 
 
@@ -68,6 +75,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
     act_pre_scale: Tensor | None
     block_size: list[int]
     qdata_layout: str
+    _fits = False  # whether the parts are as they were when they were checked
 
     def __new__(
         cls,
@@ -96,11 +104,15 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         act_pre_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.qdata = qdata
-        self.scale_and_zero = scale_and_zero
+        # Whoever made the parts can still `set_` them to less memory than was checked: not ours.
+        self.qdata = qdata.detach() if type(qdata) is Tensor else qdata
+        self.scale_and_zero = (
+            scale_and_zero.detach() if type(scale_and_zero) is Tensor else scale_and_zero
+        )
         self.block_size = list(block_size)
         self.qdata_layout = qdata_layout
         self.act_pre_scale = act_pre_scale
+        self.__dict__["_fits"] = True  # `__new__` has checked them
 
     @classmethod
     def from_hp(
@@ -213,14 +225,38 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             if self.qdata.device.type == "cpu":
                 self.qdata = repack(self.qdata, layout_named(self.qdata_layout), target)
             self.qdata_layout = target.name
+            self._check()
         return self
 
     def packed(self) -> PackedInt4:
-        """The parts that `kernels` multiplies with."""
+        """The parts that `kernels` multiplies with, checked again if one was assigned to.
+
+        Raises:
+            TypeError, ValueError: the parts do not fit together any more.
+        """
+        if not self._fits:
+            self._check()
         n, k = self.shape
         return PackedInt4(
             self.qdata, self.scale_and_zero, self.block_size[1], LAYOUTS[self.qdata_layout], n, k
         )
+
+    def _check(self) -> None:
+        parts = (self.qdata, self.scale_and_zero, self.block_size, tuple(self.shape))
+        check_parts(*parts, self.qdata_layout, self.dtype, self.act_pre_scale)
+        self.__dict__["_fits"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Have the parts checked before they are used again: kernels read what ``shape`` says.
+
+        Anyone can assign to a part, and so can a file, even under ``weights_only=True``: torch's
+        ``_rebuild_parameter_with_state`` sets any attribute of a tensor that is whole already.
+        """
+        if name == "_fits":
+            raise AttributeError("_fits is what the check of the parts found; it cannot be set")
+        super().__setattr__(name, value)
+        if name in _PARTS:
+            self.__dict__["_fits"] = False
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """As torchao's, without the loops: a compiled model calls this twice a layer and run."""
@@ -307,36 +343,49 @@ def check_parts(
         ValueError: the parts do not fit together.
     """
     group_size = _group_size_of(block_size)
+    if not isinstance(qdata_layout, str):
+        names = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"layout {shown(qdata_layout)} is not known; choose {names}")
     layout_named(qdata_layout)
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype is {dtype}; choose torch.bfloat16, torch.float16 or torch.float32")
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
+        got = dtype if isinstance(dtype, str) else shown(dtype)
+        raise TypeError(f"dtype is {got}; choose torch.bfloat16, torch.float16 or torch.float32")
     if (
         not isinstance(shape, Sequence)
         or len(shape) != 2
-        or not all(isinstance(size, int) and size >= 1 for size in shape)
+        or not all(_is_int(size) and size >= 1 for size in shape)
     ):
-        raise ValueError(f"shape is {shape!r}; it must be [N, K] with N >= 1 and K >= 1")
+        raise ValueError(f"shape is {shown(shape)}; it must be [N, K] with N >= 1 and K >= 1")
     padded_n, padded_k = padded_shape(shape[0], shape[1], group_size)
-    _check_part("qdata", qdata, torch.uint8, [padded_n, padded_k // 2], shape)
+    parts = [_check_part("qdata", qdata, torch.uint8, [padded_n, padded_k // 2], shape)]
     expected = [padded_k // group_size, padded_n, 2]
-    _check_part("scale_and_zero", scale_and_zero, QPARAMS_DTYPE, expected, shape)
+    parts.append(_check_part("scale_and_zero", scale_and_zero, QPARAMS_DTYPE, expected, shape))
     if act_pre_scale is not None:
         if not isinstance(act_pre_scale, Tensor) or act_pre_scale.dtype not in FLOAT_DTYPES:
             got = getattr(act_pre_scale, "dtype", type(act_pre_scale).__name__)
             raise TypeError(f"act_pre_scale is {got}; it must be a bfloat16, float16 or float32 tensor")
+        _check_memory("act_pre_scale", act_pre_scale)
         if act_pre_scale.numel() != 1 and list(act_pre_scale.shape) != [shape[1]]:
             raise ValueError(
                 f"act_pre_scale has shape {list(act_pre_scale.shape)}; "
                 f"it must have one element or shape [{shape[1]}]"
             )
+        parts.append(act_pre_scale)
+    devices = [part.device.type for part in parts]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"qdata, scale_and_zero and act_pre_scale are on {', '.join(devices)}; all must be on one "
+            "device, so load them with map_location='cpu'"
+        )
 
 
 def _check_part(
     name: str, part: object, dtype: torch.dtype, expected: list[int], shape: Sequence[int]
-) -> None:
+) -> Tensor:
     if not isinstance(part, Tensor) or part.dtype != dtype:
         got = getattr(part, "dtype", type(part).__name__)
         raise TypeError(f"{name} is {got}; it must be a {dtype} tensor")
+    _check_memory(name, part)
     if list(part.shape) != expected:
         raise ValueError(
             f"{name} has shape {list(part.shape)}; a weight of shape {list(shape)} needs {expected}"
@@ -348,12 +397,64 @@ def _check_part(
         )
     if not part.is_contiguous():
         raise ValueError(f"{name} is not contiguous; call .contiguous() on it first")
+    return part
+
+
+def _check_memory(name: str, part: Tensor) -> None:
+    """Check that the bytes at ``part.data_ptr()`` are the numbers of ``part``: kernels read those.
+
+    A tensor subclass may have none: torch makes a "wrapper" of any shape, with a null pointer.
+    """
+    if type(part) not in _PLAIN and not isinstance(part, _TRACED):
+        raise TypeError(
+            f"{name} is of class {type(part).__name__}; it must be a plain tensor, "
+            "so take the parts from an Int4OpaqueTensor"
+        )
+    if part.is_nested or part.layout != torch.strided or part.is_neg():
+        raise ValueError(
+            f"{name} is nested, sparse or a negative view; it must be a dense tensor, "
+            "so take the parts from an Int4OpaqueTensor"
+        )
+
+
+#: Classes whose values lie in their own memory, and those that stand for such while torch traces.
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRACED = (FakeTensor, FunctionalTensor)
 
 
 def _group_size_of(block_size: object) -> int:
-    if not isinstance(block_size, Sequence) or len(block_size) != 2 or block_size[0] != 1:
+    if (
+        not isinstance(block_size, (list, tuple))
+        or len(block_size) != 2
+        or not _is_int(block_size[0])
+        or block_size[0] != 1
+        or not isinstance(block_size[1], (int, float, str, type(None)))
+    ):
         raise ValueError(
-            f"block_size is {block_size!r}; it must be [1, group_size] "
+            f"block_size is {shown(block_size)}; it must be [1, group_size] "
             "with a group_size of 32, 64, 128 or 256"
         )
     return check_group_size(block_size[1])
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object, depth: int = 2) -> str:
+    """``value`` as a message shows it, whatever it is: in a file it may be of any type and size.
+
+    Its `repr` may not end: a list of ten times a list of ten times a list takes a file few bytes.
+    """
+    if isinstance(value, (list, tuple)) and depth > 0:
+        items = [shown(item, depth - 1) for item in value[:8]] + ["..."] * (len(value) > 8)
+        return f"[{', '.join(items)}]" if isinstance(value, list) else f"({', '.join(items)})"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 100 else value[:100] + "...")
+    if isinstance(value, (bool, float, type(None), torch.dtype)) or _is_short_int(value):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _is_short_int(value: object) -> bool:
+    return isinstance(value, int) and value.bit_length() <= 128
