@@ -56,6 +56,38 @@ def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
     assert (contents.verified, contents.others, contents.problems) == (3, [], [])
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("file", ["state.pt", "parameter.pt"])
+def test_a_file_of_torch_save(name: str, file: str) -> None:
+    contents = inspect(FILES / name / file, verify=True)
+    (weight,) = contents.weights
+    assert weight.name == ("layer.weight" if file == "state.pt" else "")
+    assert weight.qdata_layout == name.partition("-")[2]
+    assert (weight.shape, weight.group_size, weight.dtype) == ((N, K), GROUP_SIZE, "float16")
+    assert contents.verified > 3
+    assert (contents.others, contents.problems) == ([], [])
+
+
+def test_a_damaged_file_of_torch_save(tmp_path: Path) -> None:
+    data = bytearray((FILES / SETS[0] / "state.pt").read_bytes())
+    codes = torch.load(FILES / SETS[0] / "state.pt")["layer.weight"].scale_and_zero
+    data[data.index(bytes(codes.flatten().view(torch.uint8).tolist()))] ^= 1
+    (tmp_path / "state.pt").write_bytes(data)
+    assert inspect(tmp_path / "state.pt").problems == []
+    (problem,) = inspect(tmp_path / "state.pt", verify=True).problems
+    assert "the checksum differs" in problem
+
+
+def test_a_nested_file_with_other_tensors_and_one_of_the_prototype(tmp_path: Path) -> None:
+    t = Int4OpaqueTensor.from_groupwise(random_groupwise(80, 70, 32))
+    torch.save({"model": [{"w": t}], "step": torch.tensor(3)}, tmp_path / "a.pt")
+    contents = inspect(tmp_path / "a.pt")
+    assert [weight.name for weight in contents.weights] == ["model.0.w"]
+    assert [(other.key, other.shape) for other in contents.others] == [("step", ())]
+    (problem,) = inspect(FILES / "upstream" / "prototype-0.16.0-default.pt").problems
+    assert "is read by torchao_int4cpu.load_prototype" in problem
+
+
 def file_of(folder: Path, changes: dict[str, Any] | None = None, **parts: Tensor) -> Path:
     """A file with one weight of two parts, whose metadata or parts are changed."""
     t = Int4OpaqueTensor.from_groupwise(random_groupwise(80, 70, 32))

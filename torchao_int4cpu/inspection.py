@@ -1,12 +1,15 @@
 """What a checkpoint holds, read from its headers: 4-bit weights, other tensors, and what is wrong.
 
-Tensors are not read, but for `inspect`'s ``verify``. Needs the ``hf`` extra. Nothing here prints.
+Tensors are not read, but for `inspect`'s ``verify``. Needs the ``hf`` extra for safetensors. Nothing
+here prints.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from torch import Tensor
 
 from torchao_int4cpu.directory_plan import Source, read_header
 from torchao_int4cpu.extras import import_extra
-from torchao_int4cpu.safetensors_format import TYPE_NAME, crc32, from_safetensors, part_key
+from torchao_int4cpu.safetensors_format import (
+    TYPE_NAME,
+    crc32,
+    from_safetensors,
+    part_key,
+    parts_of,
+)
+from torchao_int4cpu.tensor import Int4OpaqueTensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Contents:
         weights: the 4-bit weights that are whole.
         others: every other tensor.
         problems: what is wrong, a line each; empty for a good checkpoint.
-        verified: parts whose checksum was compared and agreed.
+        verified: parts (records in a file of `torch.save`) whose checksum was compared and agreed.
         unverified: parts that have no checksum.
     """
 
@@ -64,20 +74,24 @@ class Contents:
 
 
 def inspect(path: Path, *, verify: bool = False) -> Contents:
-    """Read what a safetensors file or a Hugging Face directory holds.
+    """Read what a file or a Hugging Face directory holds.
 
     Args:
-        path: a ``.safetensors`` file, or a directory with such files.
-        verify: also read the parts of 4-bit weights and compare their checksums.
+        path: a safetensors file, a directory with such files, or a file of `torch.save`.
+        verify: also read the parts of 4-bit weights and compare their checksums; those of all its
+            records in a file of `torch.save`.
 
     Raises:
         MissingExtra: safetensors is not installed.
         ValueError: there is no such file, or it cannot be read as one.
     """
+    if path.is_file() and zipfile.is_zipfile(path):
+        return _inspect_torch_file(path, verify)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(
-            f"{str(path)!r} has no safetensors file; give one, or a directory that holds some"
+            f"{str(path)!r} has no safetensors file; give one, a directory that holds some, or a file "
+            "of torch.save"
         )
     contents = Contents(files, _quantization(path))
     stored = {source.key: source for file in files for source in read_header(file)}
@@ -90,6 +104,47 @@ def inspect(path: Path, *, verify: bool = False) -> Contents:
         for file in files:
             _verify(file, stored, contents)
     return contents
+
+
+def _inspect_torch_file(path: Path, verify: bool) -> Contents:
+    contents = Contents([path])
+    try:
+        with torch.serialization.skip_data():  # memory for the tensors, which nothing is read into
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
+        contents.problems.append(
+            f"it cannot be loaded: {str(error).splitlines()[0]} (a checkpoint of torchao's prototype "
+            "is read by torchao_int4cpu.load_prototype; of a whole model, save the state dict)"
+        )
+        loaded = None
+    for name, tensor in _tensors(loaded, ""):
+        if isinstance(tensor, Int4OpaqueTensor):
+            size = sum(part.nbytes for part in parts_of(tensor).values())
+            group_size, layout = tensor.block_size[1], tensor.qdata_layout
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            weight = Weight(name, tuple(tensor.shape), group_size, layout, dtype, size)
+            contents.weights.append(weight)
+        else:
+            contents.others.append(Source(name, path, tuple(tensor.shape), tensor.dtype))
+    if verify:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+            contents.verified = len(file.namelist()) if damaged is None else 0
+        if damaged is not None:
+            contents.problems.append(f"{damaged}: the checksum differs, so its bytes are damaged")
+    return contents
+
+
+def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested mappings and sequences, by their keys with dots between."""
+    if isinstance(value, Tensor):
+        yield name.removeprefix("."), value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{index}")
 
 
 def _quantization(path: Path) -> dict[str, Any] | None:
