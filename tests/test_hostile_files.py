@@ -207,7 +207,8 @@ def _complaint(error: BaseException) -> str | None:
 
 def _is_of_an_attribute(error: BaseException) -> bool:
     """A weight that torch made without its parts has none, and one attribute cannot be set."""
-    return isinstance(error, AttributeError)
+    ours = any(words in str(error) for words in ("'Int4OpaqueTensor' object", "_fits"))
+    return isinstance(error, AttributeError) and ours
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -294,3 +295,22 @@ def test_the_op_refuses_parts_that_do_not_fit(op: str, wrong: str) -> None:
     call = getattr(torch.ops.torchao_int4cpu, op)
     with pytest.raises(ValueError, match=r"take them from Int4OpaqueTensor|choose 32"):
         call(x, qdata, scale_and_zero, group_size, weight.layout.name, n)
+
+
+@pytest.mark.parametrize("op", ["int4_mm", "int4_mm_differentiable", "int4_mm_grad"])
+def test_ops_refuse_parts_on_several_devices_and_empty_ones(op: str) -> None:
+    """One on meta would send the call to the fake kernel, which returns whatever memory holds."""
+    weight = packed_in(random_groupwise(64, 64, 32), native())
+    x = torch.randn(3, 64)
+    call = getattr(torch.ops.torchao_int4cpu, op)
+    arguments: list[Any] = [x, weight.qdata, weight.scale_and_zero, 32, native().name, 64]
+    assert call(*arguments).shape == (3, 64)
+    for index in range(3):
+        mixed = [*arguments]
+        mixed[index] = mixed[index].to("meta")
+        with pytest.raises(ValueError, match="all must be on one device"):
+            call(*mixed)
+    with pytest.raises(ValueError, match="take them from Int4OpaqueTensor"):
+        call(*arguments[:-1], 0)
+    with pytest.raises(ValueError, match="take them from Int4OpaqueTensor"):
+        call(x[:, :0], *arguments[1:])

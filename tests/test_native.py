@@ -254,6 +254,16 @@ def test_the_bound_sees_one_wrong_code(variant: Variant) -> None:
             assert_product(y, x, wrong)
 
 
+def test_activations_whose_memory_is_not_their_numbers(variant: Variant) -> None:
+    """A negative view, and the zeros without memory that forward-mode gradients consist of."""
+    weight = variant.random(40, 64, 32)
+    negative = torch.randn(2, 64, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    assert_product(variant.mm(negative, weight), negative.clone(), weight)
+    zeros = torch._efficientzerotensor(2, 64)
+    assert torch.equal(variant.mm(zeros, weight), torch.zeros(2, 40))
+
+
 def test_zero_rows(variant: Variant) -> None:
     assert variant.mm(torch.empty(0, 70), variant.random(33, 70, 32)).shape == (0, 33)
 

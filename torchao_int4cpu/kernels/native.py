@@ -146,6 +146,8 @@ class NativeLibrary:
             _warn_forked()
         qdata, scale_and_zero, group_size, _, n, k = weight
         m = x.shape[0]
+        if x.is_neg() or x._is_zerotensor():  # its numbers are not what lies in its memory, if any does
+            x = torch.empty(x.shape, dtype=x.dtype).copy_(x)
         if x.is_contiguous():
             x_stride = k
         else:

@@ -122,7 +122,11 @@ def _check(x: Tensor, weight: PackedInt4) -> None:
     check_group_size(group_size)
     padded_n, groups = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE, -(-k // group_size)
     if not (
-        2 * qdata.numel() == padded_n * groups * group_size
+        n >= 1
+        and k >= 1
+        and not (qdata.is_neg() or scale_and_zero.is_neg())
+        and x.device == qdata.device == scale_and_zero.device
+        and 2 * qdata.numel() == padded_n * groups * group_size
         and scale_and_zero.numel() == 2 * groups * padded_n
         and qdata.dtype == torch.uint8
         and scale_and_zero.dtype == torch.bfloat16
@@ -134,7 +138,8 @@ def _check(x: Tensor, weight: PackedInt4) -> None:
             f"got x {x.dtype}, qdata {qdata.dtype} {list(qdata.shape)} and scale_and_zero "
             f"{scale_and_zero.dtype} {list(scale_and_zero.shape)} for N={n}, K={k}, group_size="
             f"{group_size}; they must be floating, uint8 {[padded_n, groups * group_size // 2]} and "
-            f"bfloat16 {[groups, padded_n, 2]}, contiguous, so take them from Int4OpaqueTensor"
+            f"bfloat16 {[groups, padded_n, 2]}, contiguous and on one device, so take them from "
+            "Int4OpaqueTensor"
         )
 
 
@@ -146,6 +151,11 @@ _library.impl("int4_mm_grad", _int4_mm_grad_op, "CPU")
 def _fake(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
+    if not x.device == qdata.device == scale_and_zero.device:
+        raise ValueError(  # one part on meta brings a call with real numbers here
+            f"got x on {x.device}, qdata on {qdata.device} and scale_and_zero on "
+            f"{scale_and_zero.device}; all must be on one device, so move them there"
+        )
     return x.new_empty(x.shape[0], columns)
 
 
