@@ -78,18 +78,17 @@ def parts_of(t: Int4OpaqueTensor) -> dict[str, Tensor]:
     return parts
 
 
-def metadata_of(t: Int4OpaqueTensor, *, checksums: bool = True) -> dict[str, Any]:
-    """What the file's metadata says of one weight, see the module's docstring."""
+def metadata_of(t: Int4OpaqueTensor) -> dict[str, Any]:
+    """What the file's metadata says of one weight, see the module's docstring; no checksums on meta."""
     parts = parts_of(t)
-    data: dict[str, Any] = {
+    data = {
         "format_version": FORMAT_VERSION,
         "block_size": list(t.block_size),
         "shape": list(t.shape),
         "qdata_layout": t.qdata_layout,
         "dtype": {"_type": "torch.dtype", "_data": str(t.dtype).removeprefix("torch.")},
+        "crc32": {name: crc32(part) for name, part in parts.items() if part.device.type == "cpu"},
     }
-    if checksums:
-        data["crc32"] = {name: crc32(part) for name, part in parts.items() if part.device.type == "cpu"}
     return {"_type": TYPE_NAME, "_data": data, "_tensor_data_names": list(parts)}
 
 
