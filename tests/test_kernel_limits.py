@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.numerics import assert_product, native, packed_in, random_groupwise
+from tests.test_kernels import apart
 from torchao_int4cpu.kernels import decode as decode_module
 from torchao_int4cpu.kernels import int4_mm_reference
 from torchao_int4cpu.kernels import prefill as prefill_module
@@ -72,6 +73,7 @@ def test_the_op_in_pieces_gives_the_same_bits(limit: int, monkeypatch: pytest.Mo
     assert torch.equal(decode_module._in_pieces(x, weight, limit), whole)
     monkeypatch.setattr(decode_module, "OP_INDEX_LIMIT", limit)
     assert torch.equal(decode(x, weight), whole)
+    assert torch.equal(decode(x, apart(weight)), whole)
 
 
 def test_decode_never_gives_the_op_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.numerics import assert_product, native, packed_in, random_groupwise
-from torchao_int4cpu.kernels import choice, int4_mm, int4_mm_reference
+from torchao_int4cpu.kernels import (
+    choice,
+    int4_mm,
+    int4_mm_reference,
+    traceable_int4_mm,
+    traceable_int4_mm_transposed,
+)
 from torchao_int4cpu.kernels import prefill as prefill_module
 from torchao_int4cpu.kernels.choice import choose_kernel, decode_max_rows, kernel_choices
 from torchao_int4cpu.kernels.decode import decode
@@ -21,7 +27,7 @@ from torchao_int4cpu.kernels.prefill import (
     int4_mm_grad,
     prefill,
 )
-from torchao_int4cpu.layout import LAYOUTS
+from torchao_int4cpu.layout import LAYOUTS, NibbleLayout
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -150,6 +156,65 @@ def test_any_strides_of_the_activation(make: str, dtype: torch.dtype) -> None:
         assert_product(kernel(x, weight), x, weight)
 
 
+# --- some rows of a larger weight ---------------------------------------------------------------
+
+
+def apart(weight: PackedInt4) -> PackedInt4:
+    """The same weight as rows of a larger one: NaN lies before, between and after its groups."""
+    pairs = weight.scale_and_zero
+    groups, padded_n, _ = pairs.shape
+    larger = pairs.new_full((groups, 64 + padded_n + 16, 2), torch.nan)
+    view = larger[:, 64 : 64 + padded_n]
+    view.copy_(pairs)
+    if groups == 1:  # torch lets the stride of such a dimension be any
+        view = view.as_strided(view.shape, (7, 2, 1))
+    return weight._replace(scale_and_zero=view)
+
+
+@shapes
+@layouts
+@dtypes
+def test_groups_that_lie_apart_give_the_same_bits(
+    layout: NibbleLayout, n: int, k: int, group_size: int, dtype: torch.dtype
+) -> None:
+    weight = packed_in(random_groupwise(n, k, group_size), layout)
+    view = apart(weight)
+    assert view.scale_and_zero.is_contiguous() == (len(view.scale_and_zero) == 1)
+    grad = torch.randn(5, n).to(dtype)
+    assert torch.equal(int4_mm_grad(grad, view), int4_mm_grad(grad, weight))
+    for m in (1, 7, 300):
+        x = torch.randn(m, k).to(dtype)
+        assert torch.equal(prefill(x, view), prefill(x, weight))
+        if layout == native():
+            assert torch.equal(decode(x, view), decode(x, weight))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("m", "k"), [(1, 90), (200, 90), (1, 30)])
+def test_compiled_products_with_some_rows_of_a_weight(m: int, k: int) -> None:
+    """Taken inside of the graph: inductor must hand the view over as it is, or copy it right."""
+    torch._dynamo.reset()  # a graph keeps the kernel that it was traced for
+    weight = packed_in(random_groupwise(200, k, 32), native())
+    x, y = torch.randn(m, k), torch.randn(m, 72)
+
+    def product(x: Tensor, y: Tensor, qdata: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        rows = PackedInt4(qdata[128:208], pairs[:, 128:208] * 1, 32, native(), 72, k)
+        view = rows._replace(scale_and_zero=pairs[:, 128:208])
+        return traceable_int4_mm(x, view), traceable_int4_mm_transposed(y, rows)
+
+    with torch.no_grad():
+        expected = product(x, y, weight.qdata, weight.scale_and_zero)
+        found = torch.compile(product, fullgraph=True)(x, y, weight.qdata, weight.scale_and_zero)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert_product(expected[0], x, _rows(weight))
+
+
+def _rows(weight: PackedInt4) -> PackedInt4:
+    pairs = weight.scale_and_zero[:, 128:208].contiguous()
+    return weight._replace(qdata=weight.qdata[128:208], scale_and_zero=pairs, n=72)
+
+
 def test_zero_rows() -> None:
     weight = packed_in(random_groupwise(33, 70, 32), native())
     assert int4_mm(torch.empty(0, 70), weight).shape == (0, 33)
@@ -264,10 +329,26 @@ def test_torch_ops_pass_opcheck() -> None:
     for x in (torch.randn(3, 70), torch.randn(3, 70, requires_grad=True)):
         torch.library.opcheck(ops.int4_mm_differentiable.default, (x, *parts, 40))
     torch.library.opcheck(ops.int4_mm_grad.default, (torch.randn(3, 40), *parts, 70))
+    parts = (weight.qdata, apart(weight).scale_and_zero, 32, weight.layout.name)
+    torch.library.opcheck(ops.int4_mm.default, (torch.randn(3, 70), *parts, 40))
 
 
 @pytest.mark.parametrize("op", ["int4_mm", "int4_mm_differentiable"])
-@pytest.mark.parametrize("wrong", ["rows", "columns", "groups", "dtype", "strides", "x", "group_size"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "rows",
+        "columns",
+        "groups",
+        "dtype",
+        "strides",
+        "overlap",
+        "odd stride",
+        "pairs",
+        "x",
+        "group_size",
+    ],
+)
 def test_the_op_refuses_parts_that_do_not_fit(op: str, wrong: str) -> None:
     """Whoever calls it may have read them from a file; a kernel would read out of bounds."""
     weight = packed_in(random_groupwise(40, 70, 32), native())
@@ -288,12 +369,18 @@ def test_the_op_refuses_parts_that_do_not_fit(op: str, wrong: str) -> None:
         qdata = qdata.to(torch.int8)
     elif wrong == "strides":
         qdata = qdata.t().contiguous().t()
+    elif wrong == "overlap":
+        scale_and_zero = scale_and_zero[:1].expand(3, -1, -1)
+    elif wrong == "odd stride":
+        scale_and_zero = torch.zeros(3 * 97, dtype=torch.bfloat16).as_strided((3, 48, 2), (97, 2, 1))
+    elif wrong == "pairs":
+        scale_and_zero = scale_and_zero.transpose(1, 2).contiguous().transpose(1, 2)
     elif wrong == "x":
         x = x.double()
     else:
         group_size = 48
     call = getattr(torch.ops.torchao_int4cpu, op)
-    with pytest.raises(ValueError, match=r"take them from Int4OpaqueTensor|choose 32"):
+    with pytest.raises(ValueError, match=r"take them from Int4OpaqueTensor|choose 32|so convert"):
         call(x, qdata, scale_and_zero, group_size, weight.layout.name, n)
 
 

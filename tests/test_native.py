@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.numerics import assert_product, packed_in, random_groupwise
+from tests.test_kernels import apart
 from torchao_int4cpu import get_kernel, native_layout, set_kernel
 from torchao_int4cpu.kernels import choice, int4_mm, int4_mm_reference, native_unavailable
 from torchao_int4cpu.kernels import native as native_module
@@ -97,6 +98,32 @@ def test_products_are_within_the_bound(
     for m in ROWS:
         x = torch.randn(m, k).to(dtype)
         assert_product(variant.mm(x, weight), x, weight)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+@dtypes
+def test_groups_that_lie_apart_give_exactly_the_same(
+    variant: Variant, n: int, k: int, group_size: int, dtype: torch.dtype
+) -> None:
+    """Some rows of a larger weight: their scales are a view."""
+    weight = variant.random(n, k, group_size)
+    view = apart(weight)
+    for m in ROWS:
+        x = torch.randn(m, k).to(dtype)
+        assert torch.equal(variant.mm(x, view), variant.mm(x, weight))
+
+
+def test_rows_of_a_larger_weight_are_exactly_those(variant: Variant) -> None:
+    """Blocks in the middle and the short one at the end, against the same rows of the whole product."""
+    weight = variant.random(300, 200, 32)
+    x = torch.randn(9, 200)
+    whole = variant.mm(x, weight)
+    for start, stop in [(0, 64), (64, 192), (192, 300), (256, 300)]:
+        padded = slice(start, -(-stop // 16) * 16)
+        rows = weight._replace(
+            qdata=weight.qdata[padded], scale_and_zero=weight.scale_and_zero[:, padded], n=stop - start
+        )
+        assert torch.equal(variant.mm(x, rows), whole[:, start:stop])
 
 
 @given(
@@ -271,7 +298,7 @@ def test_zero_rows(variant: Variant) -> None:
 # --- memory -------------------------------------------------------------------------------------
 
 GUARDED = """
-import ctypes, mmap, sys, torch
+import ctypes, itertools, mmap, sys, torch
 from pathlib import Path
 from tests.test_native import Variant, integers
 from torchao_int4cpu.kernels import int4_mm_reference
@@ -295,13 +322,25 @@ def guarded(tensor, at_end):
         assert libc.mprotect(fence, page, 0) == 0
     return copy
 
+def guarded_pairs(pairs, apart, at_end):
+    '''Groups that lie `apart` elements further from each other, the last pair against the fence.'''
+    groups, rows, _ = pairs.shape
+    stride = 2 * rows + apart
+    flat = guarded(pairs.new_full(((groups - 1) * stride + 2 * rows,), torch.nan), at_end)
+    view = flat.as_strided(pairs.shape, (stride, 2, 1))
+    view.copy_(pairs)
+    return view
+
 variant = Variant(sys.argv[1], NativeLibrary(Path(sys.argv[2])))
 empty = torch.Tensor.new_empty
 for at_end in (False, True):
-    for n, k, group_size in [(64, 64, 32), (16, 32, 32), (48, 200, 64), (100, 130, 128), (33, 40, 32)]:
+    for apart, (n, k, group_size) in itertools.product(
+        (0, 2 * 80), [(64, 64, 32), (16, 32, 32), (48, 200, 64), (100, 130, 128), (33, 40, 32)]
+    ):
         weight = integers(variant, n, k, group_size)
         weight = weight._replace(
-            qdata=guarded(weight.qdata, at_end), scale_and_zero=guarded(weight.scale_and_zero, at_end)
+            qdata=guarded(weight.qdata, at_end),
+            scale_and_zero=guarded_pairs(weight.scale_and_zero, apart, at_end),
         )
         for m in (1, 3, 7, 20, 80):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -321,7 +360,7 @@ def test_nothing_beyond_the_buffers_is_touched(variant: Variant) -> None:
     command = [sys.executable, "-c", GUARDED, variant.name, path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 300
+    assert int(done.stdout) > 600
 
 
 def test_unaligned_buffers(variant: Variant) -> None:

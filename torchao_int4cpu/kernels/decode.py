@@ -33,7 +33,8 @@ def decode(x: Tensor, weight: PackedInt4) -> Tensor:
     # Two comparisons: a `max` with a symbolic number of rows would guard on which of the two is larger.
     widest = max(padded_n, 2 * half_k)
     if x.shape[0] * widest <= OP_INDEX_LIMIT and padded_n * half_k <= OP_INDEX_LIMIT:
-        y: Tensor = int4pack_mm(activation, qdata, group_size, scale_and_zero)
+        # The op takes the address of the pairs and goes by their shape, whatever their strides are.
+        y: Tensor = int4pack_mm(activation, qdata, group_size, scale_and_zero.contiguous())
     else:
         y = _in_pieces(activation, weight, OP_INDEX_LIMIT)
     if padded_n != n:

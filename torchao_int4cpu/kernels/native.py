@@ -37,7 +37,7 @@ _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_MEMORY = -2
 
 #: ``struct Call`` of csrc/driver.cpp.
-_pack_call = struct.Struct("4i8q").pack
+_pack_call = struct.Struct("4i9q").pack
 
 
 class Unavailable(Exception):
@@ -163,6 +163,7 @@ class NativeLibrary:
             x_stride,
             qdata.data_ptr(),
             scale_and_zero.data_ptr(),
+            scale_and_zero.stride(0) // 2,
             y.data_ptr(),
             m,
             n,

@@ -1,4 +1,4 @@
-"""The product as ops that torch can trace and differentiate.
+"""The product with one weight as ops that torch can trace and differentiate.
 
 - ``torchao_int4cpu::int4_mm`` is `int4_mm`, for inference.
 - ``torchao_int4cpu::int4_mm_differentiable`` is the same with a gradient for x. It is an op of its own
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torchao_int4cpu.groupwise import FLOAT_DTYPES, check_group_size
+from torchao_int4cpu.kernels.checks import check_activation, check_one_device, check_weight
 from torchao_int4cpu.kernels.choice import decode_max_rows, get_kernel, int4_mm, native_kernel
 from torchao_int4cpu.kernels.decode import decode
 from torchao_int4cpu.kernels.packed import PackedInt4
 from torchao_int4cpu.kernels.prefill import int4_mm_grad
 from torchao_int4cpu.layout import (
     LAYOUTS,
-    ROW_MULTIPLE,
     NibbleLayout,
     layout_named,
     native_layout,
@@ -51,10 +50,35 @@ def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     return y
 
 
+def traceable_int4_mm_transposed(y: Tensor, weight: PackedInt4) -> Tensor:
+    """``y · W``, ``[M, N]`` to ``[M, K]``: what `int4_mm_grad` gives, as one op. It has no gradient."""
+    if runs_at_once(y, weight.qdata, weight.scale_and_zero):
+        check_activation(y, None, weight.n)
+        return int4_mm_grad(y, weight)
+    x: Tensor = torch.ops.torchao_int4cpu.int4_mm_grad.default(
+        y, weight.qdata, weight.scale_and_zero, weight.group_size, weight.layout.name, weight.k
+    )
+    return x
+
+
+def runs_at_once(*tensors: Tensor) -> bool:
+    """Whether a call with these arguments is an eager one on plain CPU tensors, which needs no op.
+
+    Not while a mode watches or traces ops: it must see ours.
+    """
+    return (
+        all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def _certainly_decode(m: int, weight: PackedInt4) -> bool:
     """Whether `choose_kernel` gives decode for every value that a symbolic ``m`` can have."""
     if native_kernel(weight.layout) is not None:
         return False
+    if not weight.scale_and_zero.is_contiguous():
+        return False  # decode would copy it, and inductor cannot hand such a copy to PyTorch's op
     if torch.compiler.is_exporting() and get_kernel() != "aten":
         return False  # our op reads every layout, wherever the program runs
     return weight.layout == native_layout() and statically_known_true(m <= decode_max_rows(weight))
@@ -103,44 +127,19 @@ for _name in ("int4_mm", "int4_mm_differentiable", "int4_mm_grad"):
 def _int4_mm_op(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
+    check_activation(x, None, None)
     weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), columns, x.shape[1])
-    _check(x, weight)
+    check_weight(weight, x)
     return int4_mm(x, weight)
 
 
 def _int4_mm_grad_op(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
+    check_activation(x, None, None)
     weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), x.shape[1], columns)
-    _check(x, weight)
+    check_weight(weight, x)
     return int4_mm_grad(x, weight)
-
-
-def _check(x: Tensor, weight: PackedInt4) -> None:
-    """Refuse parts that do not fit together: whoever calls an op may have read them from a file."""
-    qdata, scale_and_zero, group_size, _, n, k = weight
-    check_group_size(group_size)
-    padded_n, groups = -(-n // ROW_MULTIPLE) * ROW_MULTIPLE, -(-k // group_size)
-    if not (
-        n >= 1
-        and k >= 1
-        and not (qdata.is_neg() or scale_and_zero.is_neg())
-        and x.device == qdata.device == scale_and_zero.device
-        and 2 * qdata.numel() == padded_n * groups * group_size
-        and scale_and_zero.numel() == 2 * groups * padded_n
-        and qdata.dtype == torch.uint8
-        and scale_and_zero.dtype == torch.bfloat16
-        and x.dtype in FLOAT_DTYPES
-        and qdata.is_contiguous()
-        and scale_and_zero.is_contiguous()
-    ):
-        raise ValueError(
-            f"got x {x.dtype}, qdata {qdata.dtype} {list(qdata.shape)} and scale_and_zero "
-            f"{scale_and_zero.dtype} {list(scale_and_zero.shape)} for N={n}, K={k}, group_size="
-            f"{group_size}; they must be floating, uint8 {[padded_n, groups * group_size // 2]} and "
-            f"bfloat16 {[groups, padded_n, 2]}, contiguous and on one device, so take them from "
-            "Int4OpaqueTensor"
-        )
 
 
 _library.impl("int4_mm", _int4_mm_op, "CPU")
@@ -151,11 +150,7 @@ _library.impl("int4_mm_grad", _int4_mm_grad_op, "CPU")
 def _fake(
     x: Tensor, qdata: Tensor, scale_and_zero: Tensor, group_size: int, layout: str, columns: int
 ) -> Tensor:
-    if not x.device == qdata.device == scale_and_zero.device:
-        raise ValueError(  # one part on meta brings a call with real numbers here
-            f"got x on {x.device}, qdata on {qdata.device} and scale_and_zero on "
-            f"{scale_and_zero.device}; all must be on one device, so move them there"
-        )
+    check_one_device(x=x, qdata=qdata, scale_and_zero=scale_and_zero)
     return x.new_empty(x.shape[0], columns)
 
 

@@ -341,14 +341,16 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
 }
 
 // A product: y = x · Wᵀ. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n] contiguous,
-// both in `dtype` (0 bfloat16, 1 float16, 2 float32). One block of memory, because ctypes takes longer
-// to convert 12 arguments than a small product takes.
+// both in `dtype` (0 bfloat16, 1 float16, 2 float32). `qparams_stride` pairs lie from one group to the
+// next; of a single group it says nothing. One block of memory, because ctypes takes longer to convert
+// 13 arguments than a small product takes.
 struct Call {
   int32_t kernel, dtype, group_size, threads;
   const void* x;
   int64_t x_stride;
   const void* qdata;
   const void* scale_and_zero;
+  int64_t qparams_stride;
   void* y;
   int64_t m, n, k;
 };
@@ -374,6 +376,8 @@ EXPORT int64_t int4cpu_mm(const Call* call) {
   p.qdata = static_cast<const uint8_t*>(call->qdata);
   p.scale_and_zero = static_cast<const uint32_t*>(call->scale_and_zero);
   cut_weight(chosen, n, k, group_size, p);
+  p.qparams_stride = p.padded_k == group_size ? p.padded_n : call->qparams_stride;
+  if (p.qparams_stride < p.padded_n) return kBadArguments;
 
   const int64_t itemsize = dtype == int4cpu::kFloat32 ? 4 : 2;
   int64_t rows = kPackedBytes / (p.padded_k * chosen.element_bytes);

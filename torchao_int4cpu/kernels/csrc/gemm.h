@@ -66,7 +66,7 @@ struct Gemm {
 
   static QParams qparams(const Problem& p, const Block& block, int64_t column) {
     const uint32_t* pairs =
-        p.scale_and_zero + column / p.group_size * p.padded_n + block.first_row;
+        p.scale_and_zero + column / p.group_size * p.qparams_stride + block.first_row;
     alignas(64) uint32_t ordered[kBlock];
     if (!block.whole) {
       for (int v = 0; v < 4; ++v) {
@@ -90,7 +90,7 @@ struct Gemm {
   // Scales of one block are a page or more apart, so no hardware prefetcher follows them.
   static void prefetch_qparams(const Problem& p, const Block& block, int64_t step) {
     const int64_t group = step * p.step / p.group_size + 3;
-    prefetch(p.scale_and_zero + group * p.padded_n + block.first_row, kBlock * 4);
+    prefetch(p.scale_and_zero + group * p.qparams_stride + block.first_row, kBlock * 4);
   }
 
   static void prefetch(const void* from, int64_t bytes) {

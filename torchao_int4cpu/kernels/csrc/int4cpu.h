@@ -21,9 +21,11 @@ struct Problem {
   int64_t m, n, k;
 
   // Packed weight: uint8 [padded_n, padded_k / 2] and pairs of bfloat16, the scale in the low half of
-  // each 32 bits and the zero in the high half: [padded_k / group_size, padded_n].
+  // each 32 bits and the zero in the high half: [padded_k / group_size, padded_n], groups
+  // `qparams_stride` pairs apart (more than padded_n if these are some rows of a larger weight).
   const uint8_t* qdata;
   const uint32_t* scale_and_zero;
+  int64_t qparams_stride;
   int64_t padded_n, padded_k;
   int32_t group_size;
 
