@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ import torchao_int4cpu.config
 from tests.numerics import assert_int4
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.choose_qparams import choose_qparams
+from torchao_int4cpu.transposed import Int4TransposedTensor
 
 
 def model(**kwargs: Any) -> Any:
@@ -214,7 +216,7 @@ def test_a_module_at_two_places_is_quantized_once() -> None:
 
 UNFIT: dict[str, tuple[nn.Parameter, str]] = {
     "float64": (nn.Parameter(torch.randn(4, 4).double()), "it is torch.float64, and only"),
-    "rank": (nn.Parameter(torch.randn(2, 4, 4)), r"its shape is \[2, 4, 4\], and only"),
+    "rank": (nn.Parameter(torch.randn(2, 2, 4, 4)), r"its shape is \[2, 2, 4, 4\], and only"),
     "empty": (nn.Parameter(torch.randn(0, 4)), r"its shape is \[0, 4\]"),
     "4-bit": (
         nn.Parameter(Int4OpaqueTensor.from_hp(torch.randn(4, 4), [1, 64]), requires_grad=False),
@@ -236,6 +238,107 @@ def test_a_layer_that_cannot_be_quantized_stays_the_object_it_was(kind: str) -> 
     assert (weight.requires_grad, layers[1].extra_repr()) == before
     assert "extra_repr" not in vars(layers[1])
     assert_int4(layers[0].weight, (40, 70), 32)
+
+
+#: Modules whose weight has 2 or 3 dimensions and is not multiplied with, or not as ``[N, K]``.
+OTHER_MODULES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "conv1d": (lambda: nn.Conv1d(64, 32, 3), torch.randn(1, 64, 9), "Conv1d has no 4-bit"),
+    "transposed conv1d": (
+        lambda: nn.ConvTranspose1d(64, 32, 3),
+        torch.randn(1, 64, 9),
+        "ConvTranspose1d has no 4-bit",
+    ),
+    "bilinear": (lambda: nn.Bilinear(8, 6, 4), None, "Bilinear has no 4-bit implementation"),
+    "bag": (lambda: nn.EmbeddingBag(9, 64), torch.tensor([[1, 2]]), "EmbeddingBag has no 4-bit"),
+    "max_norm": (
+        lambda: nn.Embedding(9, 64, max_norm=1.0),
+        torch.tensor([1, 2]),
+        "an embedding with max_norm rescales its rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHER_MODULES))
+def test_a_module_that_means_something_else_by_its_weight_stays(kind: str) -> None:
+    build, x, reason = OTHER_MODULES[kind]
+    net: Any = nn.Sequential(build())
+    weight = net[0].weight
+    before = weight.detach().clone()
+    with pytest.warns(UserWarning, match=rf"^0\.weight is left as it was: {reason}"):
+        quantize_(net, Int4WeightOnlyConfig(32), filter_fn=lambda module, name: name == "0")
+    assert net[0].weight is weight
+    assert torch.equal(weight, before)
+    assert "extra_repr" not in vars(net[0])
+    inputs = (torch.randn(2, 8), torch.randn(2, 6)) if x is None else (x,)
+    assert net[0](*inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bias", "gate_up_proj_bias"])
+def test_a_bias_is_left_as_it_was(name: str) -> None:
+    """Those of experts are ``[E, N]``, and a pattern for the experts' names finds them, too."""
+    experts = nn.Module()
+    experts.register_parameter(name, nn.Parameter(torch.randn(4, 64)))
+    net = nn.ModuleDict({"experts": experts})
+    with pytest.warns(UserWarning, match=rf"^experts\.{name} is left as it was: it is a bias by its"):
+        quantize_(net, FqnToConfig({f"experts.{name}": Int4WeightOnlyConfig(32)}), filter_fn=None)
+    assert type(experts.get_parameter(name)) is nn.Parameter
+
+
+@pytest.mark.parametrize("config", [ACCEPTED[0], ACCEPTED[5]], ids=["ours", "torchao's"])
+def test_a_stack_through_a_linear_layer_as_vllm_does(config: Any) -> None:
+    """torchao's ``_test_quantize_3d_param_similar_to_vllm``: a layer on meta takes a stack."""
+    with torch.device("meta"):
+        layer = nn.Linear(70, 40).to(torch.bfloat16)
+    numbers = torch.randn(3, 48, 70).bfloat16()
+    layer.weight = nn.Parameter(numbers.clone(), requires_grad=False)
+    quantize_(layer, config)
+    weight = layer.weight
+    assert isinstance(weight, Int4OpaqueTensor)
+    assert (weight.shape, weight.block_size) == ((3, 48, 70), [1, 1, 32])
+    for i in range(3):
+        matrix = assert_int4(weight[i], (48, 70), 32)
+        assert torch.equal(matrix.to_groupwise().codes, choose_qparams(numbers[i], 32).codes)
+    target = weight[1].clone()
+    target.copy_(weight[2])
+    assert torch.equal(target.dequantize(), weight[2].dequantize())
+
+
+@pytest.mark.parametrize("flag", [True, 1, "yes", None])
+def test_only_is_transposed_true_turns_a_stack(flag: object) -> None:
+    """Any other truth is somebody else's attribute."""
+    module: Any = nn.Module()
+    module.is_transposed = flag
+    module.stack = nn.Parameter(torch.randn(2, 64, 48))
+    module.matrix = nn.Parameter(torch.randn(64, 48))  # of two dimensions: as it is, always
+    net = nn.ModuleDict({"experts": module})
+    config = Int4WeightOnlyConfig(32)
+    both = FqnToConfig({"experts.stack": config, "experts.matrix": config})
+    quantize_(net, both, filter_fn=None)
+    assert isinstance(module.stack, Int4TransposedTensor) == (flag is True)
+    assert module.stack.shape == (2, 64, 48)
+    assert_int4(module.matrix, (64, 48), 32)
+    quantize_(net, both, filter_fn=None)  # again: nothing to do, and no warning
+    other = FqnToConfig({"experts.stack": Int4WeightOnlyConfig(64)})
+    with pytest.warns(UserWarning, match=r"^experts\.stack is left as it was: it is 4-bit already, in"):
+        quantize_(net, other, filter_fn=None)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_nan_in_one_expert_is_named(bad: float) -> None:
+    module: Any = nn.Module()
+    module.first = nn.Parameter(torch.randn(2, 64, 48))
+    module.second = nn.Parameter(torch.randn(2, 64, 48))
+    with torch.no_grad():
+        module.second[1, 3, 4] = bad
+    before, config = module.second, Int4WeightOnlyConfig(32)
+    both = FqnToConfig({"experts.first": config, "experts.second": config})
+    message = (
+        r"^experts\.second: weight has NaN or infinite values.* "
+        r"4-bit already: experts\.first; every other layer is unchanged$"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize_(nn.ModuleDict({"experts": module}), both, filter_fn=None)
+    assert module.second is before
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

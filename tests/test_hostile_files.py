@@ -13,6 +13,7 @@ whatever exception it became. Kernels multiply copies that end at a page which m
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import faulthandler
 import io
@@ -60,8 +61,11 @@ from tests.test_old_files import FILES, SETS, value, weight
 from torchao_int4cpu import Int4OpaqueTensor, set_kernel
 from torchao_int4cpu.kernels import PackedInt4, int4_mm_reference
 from torchao_int4cpu.layout import LAYOUTS, layout_named, repack
+from torchao_int4cpu.parts import check_parts
 from torchao_int4cpu.safetensors_format import crc32
-from torchao_int4cpu.tensor import check_parts
+from torchao_int4cpu.transposed import Int4TransposedTensor
+
+Weight = Int4OpaqueTensor | Int4TransposedTensor
 
 #: Bytes that a child may map beyond what it has before the first file, and that no file has.
 MEMORY, FILE_SIZE = 32 << 20, 64 << 10
@@ -78,11 +82,11 @@ PACKAGE = str(Path(torchao_int4cpu.__file__).parent)
 #: How many files each family has, all seeded. Two grow with the attributes of torch's tensors and with
 #: the classes of torchao: so many at least.
 COUNTS = {
-    "pt-truncated": 835,
-    "pt-flipped": 720,
-    "pt-overwritten": 192,
-    "pt-swapped": 72,
-    "pt-spliced": 60,
+    "pt-truncated": 1781,
+    "pt-flipped": 1440,
+    "pt-overwritten": 384,
+    "pt-swapped": 144,
+    "pt-spliced": 120,
     "pt-attributes": 387,
     "pt-attached": 700,
     "pt-parts": 879,
@@ -93,10 +97,10 @@ COUNTS = {
     "pt-late": 6,
     "pt-sizes": 300,
     "pt-legacy": 356,
-    "safetensors-truncated": 207,
-    "safetensors-flipped": 480,
-    "safetensors-overwritten": 96,
-    "safetensors-swapped": 36,
+    "safetensors-truncated": 503,
+    "safetensors-flipped": 960,
+    "safetensors-overwritten": 192,
+    "safetensors-swapped": 72,
     "safetensors-spliced": 40,
     "safetensors-metadata": 477,
     "safetensors-entries": 403,
@@ -106,6 +110,10 @@ COUNTS = {
     "safetensors-exchanged": 20,
     "safetensors-headers": 763,
     "safetensors-frames": 21,
+    "pt-stacks": 158,
+    "pt-views": 228,
+    "pt-late-views": 72,
+    "safetensors-stacks": 269,
 }
 AT_LEAST = ("pt-attached", "safetensors-relabelled")
 
@@ -171,19 +179,33 @@ def load(case: Case, road: Road, path: Path, *, repacked: bool) -> str:
     return KEPT if found else REFUSED
 
 
-def weights_in(loaded: object) -> Iterator[Int4OpaqueTensor]:
-    if isinstance(loaded, Int4OpaqueTensor):
+def weights_in(loaded: object) -> Iterator[Weight]:
+    if isinstance(loaded, Weight):
         yield loaded
     elif isinstance(loaded, Mapping):
         for part in loaded.values():
             yield from weights_in(part)
 
 
-def multiply(t: Int4OpaqueTensor) -> None:
+def multiply(t: Weight) -> None:
     """What torch's unpickler made without asking us must be refused here, before it is read."""
-    if t.device.type == "cpu":
-        with torch.no_grad():
-            F.linear(torch.ones(1, min(t.shape[1], 4096)), t)
+    if t.device.type != "cpu":
+        return
+    with torch.no_grad():
+        if t.ndim == 2:
+            k = t.shape[0 if isinstance(t, Int4TransposedTensor) else 1]
+            x = torch.ones(1, min(k, 4096))
+            F.linear(x, t) if isinstance(t, Int4OpaqueTensor) else x @ t
+        else:
+            view = t if isinstance(t, Int4TransposedTensor) else t.transpose(-2, -1)
+            e, k = view.shape[:2]
+            torch.bmm(torch.ones(()).expand(e, 1, k), view)
+            offs = torch.ones((), dtype=torch.int32).expand(e)
+            F.grouped_mm(torch.ones(()).expand(1, k), view, offs=offs)
+
+
+def opaque(t: Weight) -> Int4OpaqueTensor:
+    return t.back() if isinstance(t, Int4TransposedTensor) else t
 
 
 def _complaint(error: BaseException) -> str | None:
@@ -207,7 +229,8 @@ def _complaint(error: BaseException) -> str | None:
 
 def _is_of_an_attribute(error: BaseException) -> bool:
     """A weight that torch made without its parts has none, and one attribute cannot be set."""
-    ours = any(words in str(error) for words in ("'Int4OpaqueTensor' object", "_fits"))
+    names = ("'Int4OpaqueTensor' object", "'Int4TransposedTensor' object", "_fits")
+    ours = any(words in str(error) for words in names)
     return isinstance(error, AttributeError) and ours
 
 
@@ -217,15 +240,21 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def check_whole(t: Int4OpaqueTensor, *, repacked: bool) -> None:
-    """Every promise of an `Int4OpaqueTensor`, on one that came from a file."""
-    n, k = t.shape
+def check_whole(t: Weight, *, repacked: bool) -> None:
+    """Every promise of a weight, on one that came from a file."""
+    if isinstance(t, Int4TransposedTensor):
+        check_whole_view(t)
+        check_whole(t.back(), repacked=repacked)
+        return
+    *stack, n, k = t.shape
     check_parts(
         t.qdata, t.scale_and_zero, t.block_size, t.shape, t.qdata_layout, t.dtype, t.act_pre_scale
     )
-    assert_int4(t, (n, k), t.block_size[1])
+    assert (t.read_only, t.filled_by_cuts, t.cut_from) == (False, False, None)
+    for matrix in [t[i] for i in range(stack[0])] if stack else [t]:
+        assert_int4(matrix, (n, k), t.block_size[-1])
     assert type(t.block_size) is list
-    assert [type(size) for size in t.block_size] == [int, int]
+    assert [type(size) for size in t.block_size] == [int] * t.ndim
     assert t.is_contiguous()
     assert t.storage_offset() == 0
     assert t.layout == torch.strided
@@ -238,11 +267,30 @@ def check_whole(t: Int4OpaqueTensor, *, repacked: bool) -> None:
         assert not part.requires_grad
         assert not part.is_neg()
         assert part.device.type == t.device.type
-    assert "Int4OpaqueTensor" in repr(t)
+    assert "Int4OpaqueTensor(" in repr(t)
     if t.device.type == "cpu":
         for part in parts:
             assert last_byte(part) <= part.untyped_storage().nbytes()
         check_numbers_once(t)
+
+
+def check_whole_view(t: Int4TransposedTensor) -> None:
+    """It shows its weight, transposed: shape and strides, and the product."""
+    weight = t.back()
+    assert type(weight) is Int4OpaqueTensor
+    assert t.shape == weight.transpose(-2, -1).shape
+    assert t.stride() == weight.transpose(-2, -1).stride()
+    assert t.storage_offset() == 0
+    assert t.layout == torch.strided
+    assert t.data_ptr() == 0
+    assert not t.requires_grad
+    assert "Int4TransposedTensor(" in repr(t)
+    if t.device.type == "cpu":
+        x = torch.linspace(-1, 1, 3 * t.shape[-2]).view(3, -1)
+        y = x @ t if t.ndim == 2 else torch.bmm(x.expand(t.shape[0], -1, -1), t)
+        matrices = [weight] if t.ndim == 2 else list(weight)
+        expected = torch.stack([F.linear(x, matrix) for matrix in matrices])
+        assert torch.equal(y.view_as(expected).nan_to_num(), expected.nan_to_num())
 
 
 def parts_of(t: Int4OpaqueTensor) -> list[Tensor]:
@@ -263,16 +311,17 @@ def check_numbers_once(t: Int4OpaqueTensor) -> None:
     content = tuple(
         bytes(part.contiguous().flatten().view(torch.uint8).tolist()) for part in parts_of(t)
     )
-    described = (content, tuple(t.shape), t.block_size[1], t.qdata_layout, t.dtype)
+    described = (content, tuple(t.shape), t.block_size[-1], t.qdata_layout, t.dtype)
     if described not in _checked:
         _checked.add(described)
         check_groupwise(t)
-        check_products(t)
+        for matrix in [t] if t.ndim == 2 else list(t):
+            check_products(matrix)
         check_saves(t)
 
 
 def check_groupwise(t: Int4OpaqueTensor) -> None:
-    if bool(t.scale_and_zero[:, : t.shape[0]].isfinite().all()):
+    if bool(t.scale_and_zero[..., : t.shape[-2], :].isfinite().all()):
         assert t.to_groupwise().shape == t.shape
         assert t.dequantize().dtype == t.dtype
     else:
@@ -283,7 +332,7 @@ def check_groupwise(t: Int4OpaqueTensor) -> None:
 def check_products(t: Int4OpaqueTensor) -> None:
     """`F.linear` is x · Wᵀ within the derived bound, and touches nothing beyond the parts."""
     packed = t.packed()
-    fenced = torch.load(saved(t), weights_only=True)
+    fenced = copy.deepcopy(t)
     fenced.qdata, fenced.scale_and_zero = fence(t.qdata), fence(t.scale_and_zero)
     fenced.qdata_layout = t.qdata_layout
     x = torch.linspace(-1, 1, 3 * packed.k + 1)[1:].view(3, packed.k)
@@ -311,8 +360,10 @@ def check_saves(t: Int4OpaqueTensor) -> None:
         unflatten_tensor_state_dict(flat, metadata)[0]["layer.weight"],
     ):
         assert (back.shape, back.dtype) == (t.shape, t.dtype)
-        target = layout_named(back.qdata_layout)
-        assert torch.equal(back.qdata, repack(t.qdata, layout_named(t.qdata_layout), target))
+        source, target = layout_named(t.qdata_layout), layout_named(back.qdata_layout)
+        matrices = [t.qdata] if t.ndim == 2 else list(t.qdata)
+        expected = torch.stack([repack(matrix, source, target) for matrix in matrices])
+        assert torch.equal(back.qdata.view_as(expected), expected)
         for mine, other in zip(parts_of(back)[1:], parts_of(t)[1:]):
             assert crc32(mine) == crc32(other)
 
@@ -466,11 +517,12 @@ def result_of(attempt: Attempt, show: bool) -> dict[str, str]:
 
 def warm_up(folder: Path) -> None:
     """Do once what allocates once: load and multiply a good weight by every road."""
-    for family, name in (("pt", "state.pt"), ("safetensors", "model.safetensors")):
-        case = Case("good", (FILES / SETS[0] / name).read_bytes(), KEPT)
-        for road in roads(family).values():
-            assert load(case, road, folder / name, repacked=True) == KEPT
-            _checked.clear()
+    for folder_of_set in (SETS[0], SETS[-1]):
+        for family, name in (("pt", "state.pt"), ("safetensors", "model.safetensors")):
+            case = Case("good", (FILES / folder_of_set / name).read_bytes(), KEPT)
+            for road in roads(family).values():
+                assert load(case, road, folder / name, repacked=True) == KEPT
+                _checked.clear()
     op_call(0)
 
 
@@ -665,7 +717,7 @@ def damaged(folder: Path, good: Path, change: Callable[[Header], None], flips: b
     ("change", "message"),
     [
         (entry(qdata_layout="avx1024"), "layout 'avx1024' is not known; choose"),
-        (entry(format_version=2), "install a newer one"),
+        (entry(format_version=3), "install a newer one"),
         (entry(shape=[2**40, 64]), "qdata has shape"),
         (entry(block_size=[1, 64]), r"scale_and_zero has shape \[2, 64, 2\]; .* needs \[1, 64, 2\]"),
         (entry(_type="Int4Tensor"), "Int4Tensor"),

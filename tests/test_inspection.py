@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.numerics import random_groupwise
+from tests.test_experts import build, from_file, stacks
 from tests.test_huggingface import int4_items, llama, quantized, written
-from tests.test_old_files import FILES, GROUP_SIZE, SETS, K, N
+from tests.test_old_files import FILES, GROUP_SIZE, SETS, K, N, stack
 from torchao_int4cpu import Int4OpaqueTensor, inspection
 from torchao_int4cpu.inspection import inspect
 from torchao_int4cpu.safetensors_format import metadata_of, part_key, parts_of
@@ -47,23 +48,38 @@ def test_a_directory(model: Any, shard: str, tmp_path: Path) -> None:
     assert (len(contents.files) > 1) == (shard == "20KB")
 
 
+#: The weights in the files of each version; the second of version 2 is a transposed view.
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "v1": {"layer.weight": (N, K)},
+    "v2": {"layer.weight": (2, N, K), "layer.turned": (2, K, N)},
+}
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
     contents = inspect(FILES / name / "model.safetensors", verify=True)
-    (weight,) = contents.weights
-    assert weight.qdata_layout == name.partition("-")[2]
-    assert (weight.shape, weight.group_size, weight.dtype) == ((N, K), GROUP_SIZE, "float16")
-    assert (contents.verified, contents.others, contents.problems) == (3, [], [])
+    assert {weight.name: weight.shape for weight in contents.weights} == SHAPES[name[:2]]
+    for weight in contents.weights:
+        assert weight.qdata_layout == name.partition("-")[2]
+        assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
+        matrices = 1 if name.startswith("v1") else 2
+        # codes and scales in groups of 32, where K = 40 takes two; and act_pre_scale
+        assert weight.nbytes == matrices * (N * 64 // 2 + N * 2 * 4) + K * 4
+    parts = 3 * len(contents.weights)
+    assert (contents.verified, contents.others, contents.problems) == (parts, [], [])
 
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("file", ["state.pt", "parameter.pt"])
 def test_a_file_of_torch_save(name: str, file: str) -> None:
     contents = inspect(FILES / name / file, verify=True)
-    (weight,) = contents.weights
-    assert weight.name == ("layer.weight" if file == "state.pt" else "")
-    assert weight.qdata_layout == name.partition("-")[2]
-    assert (weight.shape, weight.group_size, weight.dtype) == ((N, K), GROUP_SIZE, "float16")
+    shapes = SHAPES[name[:2]]
+    if file == "parameter.pt":
+        shapes = {"": list(shapes.values())[-1]}
+    assert {weight.name: weight.shape for weight in contents.weights} == shapes
+    for weight in contents.weights:
+        assert weight.qdata_layout == name.partition("-")[2]
+        assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
     assert contents.verified > 3
     assert (contents.others, contents.problems) == ([], [])
 
@@ -86,6 +102,45 @@ def test_a_nested_file_with_other_tensors_and_one_of_the_prototype(tmp_path: Pat
     assert [(other.key, other.shape) for other in contents.others] == [("step", ())]
     (problem,) = inspect(FILES / "upstream" / "prototype-0.16.0-default.pt").problems
     assert "is read by torchao_int4cpu.load_prototype" in problem
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_directory_with_experts(family: str, tmp_path: Path) -> None:
+    """Stacks, and the transposed views of gpt-oss by the shape that the model has."""
+    build(family, num_hidden_layers=1).save_pretrained(tmp_path / "source")
+    model = from_file(tmp_path / "source")
+    model.save_pretrained(tmp_path / "out")
+    contents = inspect(tmp_path / "out", verify=True)
+    assert contents.problems == []
+    expected = {name: tuple(weight.shape) for name, weight in stacks(model).items()}
+    assert {weight.name: weight.shape for weight in contents.weights} == expected
+    assert {weight.group_size for weight in contents.weights} == {32}
+    assert (contents.verified, contents.unverified) == (2 * len(expected), 0)
+    for found in contents.weights:
+        weight = stacks(model)[found.name]
+        assert found.nbytes == weight.qdata.nbytes + weight.scale_and_zero.nbytes
+    assert {other.key for other in contents.others} == set(model.state_dict()) - set(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"shape": [3, N, K]}, r"qdata has shape \[2, 64, 32\]; .* needs \[3, 64, 32\]"),
+        ({"shape": [N, K]}, "block_size is"),
+        ({"transposed": 1}, "transposed=1; it must be true or absent"),
+        ({"block_size": [1, 1, 64]}, "needs"),
+    ],
+)
+def test_problems_of_a_stack_are_told(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    t = stack()
+    entry = metadata_of(t)
+    entry["_data"] |= changes
+    tensors = {part_key("a.weight", part): value for part, value in parts_of(t).items()}
+    save_file(tensors, tmp_path / "a.safetensors", {"a.weight": json.dumps(entry)})
+    contents = inspect(tmp_path / "a.safetensors")
+    assert contents.weights == []
+    (found,) = contents.problems
+    assert re.search(problem, found)
 
 
 def file_of(folder: Path, changes: dict[str, Any] | None = None, **parts: Tensor) -> Path:

@@ -2,10 +2,14 @@
 
 ``ATEN_CPU_CAPABILITY=avx2 python -m tests.test_old_files`` writes the set of the version in use; it is
 run once, when the format changes, and what it wrote is never touched again.
+
+Version 1 holds a matrix; version 2 a stack of two, and a transposed view of it. What version 1 can hold
+is still written as version 1, byte for byte.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torchao.prototype.safetensors.safetensors_support import (
     flatten_tensor_state_dict,
@@ -24,44 +28,86 @@ from torchao.prototype.safetensors.safetensors_support import (
 from tests.numerics import assert_int4, native
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.checkpoint import FORMAT_VERSION
+from torchao_int4cpu.transposed import Int4TransposedTensor
 
 FILES = Path(__file__).parent / "fixtures"
-SETS = [f"v{version}-{layout}" for version in (1,) for layout in ("avx512", "avx2", "default")]
+SETS = [f"v{version}-{layout}" for version in (1, 2) for layout in ("avx512", "avx2", "default")]
 
 #: One full block of each layout, and a last group that is short.
 N, K, GROUP_SIZE = 64, 40, 32
 
 
-def value() -> GroupwiseInt4:
+def value(shift: int = 0) -> GroupwiseInt4:
     """Codes without a period that a layout could hide; scales and zeros that bfloat16 holds exactly."""
-    index = torch.arange(N * K).view(N, K)
+    index = torch.arange(shift, shift + N * K).view(N, K)
     codes = (index * 40503 // 256 % 16).to(torch.uint8)
-    groups = torch.arange(N * 2).view(N, 2)
+    groups = torch.arange(shift, shift + N * 2).view(N, 2)
     return GroupwiseInt4(codes, 2.0 ** (groups % 7 - 9), (groups % 11 - 5) / 64, GROUP_SIZE)
 
 
+def stack_value() -> GroupwiseInt4:
+    """Two different matrices."""
+    both = value(), value(N * K)
+    codes, scales, zeros = (
+        torch.stack([getattr(v, name) for v in both]) for name in ("codes", "scale", "zero")
+    )
+    return GroupwiseInt4(codes, scales, zeros, GROUP_SIZE)
+
+
+def scale() -> Tensor:
+    return torch.arange(1, K + 1, dtype=torch.float32) / 8
+
+
 def weight() -> Int4OpaqueTensor:
-    scale = torch.arange(1, K + 1, dtype=torch.float32) / 8
-    return Int4OpaqueTensor.from_groupwise(value(), dtype=torch.float16, act_pre_scale=scale)
+    return Int4OpaqueTensor.from_groupwise(value(), dtype=torch.float16, act_pre_scale=scale())
 
 
-def check(loaded: object) -> None:
-    w = assert_int4(loaded, (N, K), GROUP_SIZE)
+def stack() -> Int4OpaqueTensor:
+    return Int4OpaqueTensor.from_groupwise(stack_value(), dtype=torch.float16, act_pre_scale=scale())
+
+
+def turned() -> Int4TransposedTensor:
+    view: Int4TransposedTensor = stack().transpose(-2, -1)
+    return view
+
+
+def state_of(name: str) -> dict[str, Tensor]:
+    """What the files of a set hold."""
+    if name.startswith("v1"):
+        return {"layer.weight": weight()}
+    return {"layer.weight": stack(), "layer.turned": turned()}
+
+
+def check(loaded: object, name: str, *, view: bool = False) -> None:
+    """Check one weight from a file of a set."""
+    assert isinstance(loaded, Int4TransposedTensor if view else Int4OpaqueTensor)
+    w = loaded.back() if isinstance(loaded, Int4TransposedTensor) else loaded
+    assert isinstance(w, Int4OpaqueTensor)
+    expected = value() if name.startswith("v1") else stack_value()
+    assert w.shape == expected.shape
+    for matrix in [w] if w.ndim == 2 else w:
+        assert_int4(matrix, (N, K), GROUP_SIZE)
     assert w.qdata_layout == native().name
-    assert w.dtype == torch.float16
-    assert torch.equal(w.to_groupwise().codes, value().codes)
-    assert torch.equal(w.to_groupwise().scale.float(), value().scale)
-    assert torch.equal(w.to_groupwise().zero.float(), value().zero)
+    assert w.dtype == loaded.dtype == torch.float16
+    assert torch.equal(w.to_groupwise().codes, expected.codes)
+    assert torch.equal(w.to_groupwise().scale.float(), expected.scale)
+    assert torch.equal(w.to_groupwise().zero.float(), expected.zero)
     assert w.act_pre_scale is not None
-    assert torch.equal(w.act_pre_scale, torch.arange(1, K + 1, dtype=torch.float32) / 8)
+    assert torch.equal(w.act_pre_scale, scale())
+
+
+def check_state(state: dict[str, Tensor], name: str) -> None:
+    assert set(state) == set(state_of(name))
+    for key, loaded in state.items():
+        check(loaded, name, view=key == "layer.turned")
 
 
 def write(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    state = {"layer.weight": weight()}
+    state = state_of(folder.name)
     torch.save(state, folder / "state.pt")
-    torch.save(nn.Parameter(weight(), requires_grad=False), folder / "parameter.pt")
+    torch.save(nn.Parameter([*state.values()][-1], requires_grad=False), folder / "parameter.pt")
     tensors, metadata = flatten_tensor_state_dict(state)
     save_file(tensors, folder / "model.safetensors", metadata)
     state_dict_saver.save(state, checkpoint_id=folder / "dcp", no_dist=True)
@@ -70,10 +116,10 @@ def write(folder: Path) -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_load(name: str, mmap: bool) -> None:
-    check(torch.load(FILES / name / "state.pt", weights_only=True, mmap=mmap)["layer.weight"])
+    check_state(torch.load(FILES / name / "state.pt", weights_only=True, mmap=mmap), name)
     parameter = torch.load(FILES / name / "parameter.pt", weights_only=True, mmap=mmap)
     assert isinstance(parameter, nn.Parameter)
-    check(parameter)
+    check(parameter, name, view=name.startswith("v2"))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -82,18 +128,33 @@ def test_safetensors(name: str) -> None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         state, rest = unflatten_tensor_state_dict(tensors, file.metadata())
     assert rest == {}
-    check(state["layer.weight"])
+    check_state(state, name)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_distributed_checkpoint(name: str) -> None:
-    empty = weight()
-    empty.qdata.zero_()
-    empty.scale_and_zero.zero_()
-    empty.act_pre_scale.zero_()  # type: ignore[union-attr]
-    state = {"layer.weight": empty}
+    state = state_of(name)
+    for t in state.values():
+        empty = t.back() if isinstance(t, Int4TransposedTensor) else t
+        assert isinstance(empty, Int4OpaqueTensor)
+        empty.qdata.zero_()
+        empty.scale_and_zero.zero_()
+        empty.act_pre_scale.zero_()  # type: ignore[union-attr]
     state_dict_loader.load(state, checkpoint_id=FILES / name / "dcp", no_dist=True)
-    check(state["layer.weight"])
+    check_state(state, name)
+
+
+def test_a_matrix_is_written_as_before_byte_for_byte(tmp_path: Path) -> None:
+    """Whoever reads version 1 reads it. DCP's file is left out, which holds the time."""
+    old = FILES / f"v1-{native().name}"
+    new = tmp_path / old.name
+    write(new)
+    for file in ("state.pt", "parameter.pt"):
+        assert (new / file).read_bytes() == (old / file).read_bytes(), file
+    raw, before = ((folder / "model.safetensors").read_bytes() for folder in (new, old))
+    length = 8 + int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8:length]) == json.loads(before[8:length])  # in any order
+    assert raw[length:] == before[length:]
 
 
 def test_there_is_a_set_of_every_version_and_layout_and_no_other() -> None:
@@ -107,9 +168,10 @@ def test_the_sets_really_lie_in_the_layout_that_they_are_named_after() -> None:
     stored = {}
     for name in SETS:
         with safe_open(FILES / name / "model.safetensors", "pt") as file:
-            stored[name] = file.get_tensor("layer._weight_qdata")
+            stored[name] = file.get_tensor("layer._weight_qdata").flatten()
             assert f'"qdata_layout": "{name.partition("-")[2]}"' in file.metadata()["layer.weight"]
-    assert len({bytes(qdata.flatten().tolist()) for qdata in stored.values()}) == len(SETS)
+            assert f'"format_version": {name[1]}' in file.metadata()["layer.weight"]
+    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_loading_repacks(layout: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"format_version": 2}, "format_version=2; .* install a newer one"),
+        ({"format_version": 3}, "format_version=3; .* install a newer one"),
         ({"format_version": None}, "format_version=None"),
         ({"format_version": "1"}, "format_version='1'"),
         ({"qdata_layout": "avx1024"}, "layout 'avx1024' is not known"),
@@ -112,6 +112,47 @@ def test_loading_repacks(layout: str) -> None:
 )
 def test_wrong_metadata_is_refused(data: dict[str, Any], message: str) -> None:
     tensors, metadata = flat(weight())
+    with pytest.raises(ValueError, match=message):
+        unflatten_tensor_state_dict(tensors, changed(metadata, **data))
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("scale", [None, torch.rand(70)])
+def test_stacks_and_transposed_views(view: bool, scale: Tensor | None) -> None:
+    """Version 2; a view says so beside the shape of its weight, and has the checksums of its parts."""
+    stack = torch.stack([weight(act_pre_scale=scale), weight(act_pre_scale=scale)])
+    t: Any = stack.transpose(-2, -1) if view else stack
+    tensors, metadata = flat(t)
+    data = json.loads(metadata["a.b.weight"])["_data"]
+    assert data["format_version"] == 2
+    assert (data["shape"], data["block_size"]) == ([2, 80, 70], [1, 1, 32])
+    assert data.get("transposed") == (True if view else None)
+    assert data["crc32"] == {
+        key.removeprefix("a.b._weight_"): crc32(part) for key, part in tensors.items()
+    }
+    state, rest = unflatten_tensor_state_dict(tensors, metadata)
+    assert rest == {}
+    loaded = state["a.b.weight"]
+    assert type(loaded) is type(t)
+    assert torch.equal(loaded.dequantize(), t.dequantize())
+    assert (loaded.act_pre_scale is None) == (scale is None)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"transposed": 1}, "transposed=1; it must be true or absent"),
+        ({"transposed": "true"}, "transposed='true'; it must be true or absent"),
+        ({"transposed": []}, r"transposed=\[\]; it must be true or absent"),
+        ({"shape": [3, 80, 70]}, r"a weight of shape \[3, 80, 70\] needs"),
+        ({"shape": [2**60, 80, 70]}, "needs"),
+        ({"shape": [160, 70]}, "block_size is"),
+        ({"block_size": [1, 32]}, "block_size is .*; it must be .1, 1, group_size"),
+    ],
+)
+def test_wrong_metadata_of_a_stack_is_refused(data: dict[str, Any], message: str) -> None:
+    stack: Any = torch.stack([weight(), weight()])
+    tensors, metadata = flat(stack.transpose(-2, -1))
     with pytest.raises(ValueError, match=message):
         unflatten_tensor_state_dict(tensors, changed(metadata, **data))
 

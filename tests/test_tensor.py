@@ -162,7 +162,17 @@ def _bf16(*shape: int) -> Tensor:
         ({"qdata": _u8(32 * 48)}, ValueError, r"qdata has shape \[1536\]"),
         ({"qdata": _bf16(32, 48)}, TypeError, "qdata is torch.bfloat16; it must be a torch.uint8"),
         ({"qdata": None}, TypeError, "qdata is NoneType"),
-        ({"qdata": _u8(48, 32).t()}, ValueError, "qdata is not contiguous"),
+        ({"qdata": _u8(48, 32).t()}, ValueError, r"qdata has strides \[1, 32\].*strides \[48, 1\]"),
+        (
+            {"scale_and_zero": _bf16(3, 2, 32).transpose(1, 2)},
+            ValueError,
+            r"scale_and_zero has strides \[64, 1, 32\].*\[even, 2, 1\]",
+        ),
+        (
+            {"scale_and_zero": _bf16(3 * 65).as_strided((3, 32, 2), (65, 2, 1))},
+            ValueError,
+            r"scale_and_zero has strides \[65, 2, 1\]",
+        ),
         ({"scale_and_zero": _bf16(2, 32, 2)}, ValueError, r"\[2, 32, 2\].*needs \[3, 32, 2\]"),
         ({"scale_and_zero": _bf16(3, 20, 2)}, ValueError, r"\[3, 20, 2\].*needs \[3, 32, 2\]"),
         ({"scale_and_zero": _bf16(3, 32, 2).float()}, TypeError, "scale_and_zero is torch.float32"),
@@ -173,7 +183,14 @@ def _bf16(*shape: int) -> Tensor:
         ({"block_size": [1, "32"]}, TypeError, "group_size='32' is a str"),
         ({"shape": (20, 170)}, ValueError, "needs"),
         ({"shape": (-20, 70)}, ValueError, r"shape is \(-20, 70\); it must be \[N, K\]"),
-        ({"shape": (20, 70, 1)}, ValueError, "shape is"),
+        (
+            {"shape": (1, 20, 70)},
+            ValueError,
+            r"block_size is \[1, 32\]; it must be \[1, 1, group_size\]",
+        ),
+        ({"shape": (1, 20, 70), "block_size": [1, 1, 32]}, ValueError, r"needs \[1, 32, 48\]"),
+        ({"shape": (1, 1, 20, 70)}, ValueError, "shape is"),
+        ({"shape": (70,)}, ValueError, "shape is"),
         ({"shape": (20.0, 70)}, ValueError, "shape is"),
         ({"shape": None}, ValueError, "shape is None"),
         ({"qdata_layout": "avx3"}, ValueError, "layout 'avx3' is not known; choose"),
@@ -199,6 +216,34 @@ def test_from_hp_refuses_a_wrong_block_size(block_size: Any) -> None:
         Int4OpaqueTensor.from_hp(torch.randn(4, 64), block_size)
 
 
-def test_from_hp_refuses_a_wrong_rank() -> None:
-    with pytest.raises(ValueError, match=r"weight has shape \[2, 4, 64\]; only \[N, K\]"):
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 4, 64)], ids=str)
+def test_from_hp_refuses_a_wrong_rank(shape: tuple[int, ...]) -> None:
+    block_size = [1] * (max(2, len(shape)) - 1) + [32]
+    with pytest.raises(ValueError, match=r"weight has shape .*; only \[N, K\]"):
+        Int4OpaqueTensor.from_hp(torch.randn(shape), block_size)
+
+
+def test_from_hp_of_a_stack_names_its_block_size() -> None:
+    with pytest.raises(ValueError, match=r"block_size is \[1, 32\]; it must be \[1, 1, group_size\]"):
         Int4OpaqueTensor.from_hp(torch.randn(2, 4, 64), [1, 32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("algorithm", ["tinygemm", Int4ChooseQParamsAlgorithm.HQQ, "mse"])
+def test_a_stack_is_its_matrices(algorithm: str, dtype: torch.dtype) -> None:
+    w = torch.randn(3, 20, 70).to(dtype)
+    stack = Int4OpaqueTensor.from_hp(w, [1, 1, 32], algorithm)
+    assert stack.shape == (3, 20, 70)
+    assert stack.block_size == [1, 1, 32]
+    assert stack.dtype == dtype
+    assert stack.qdata.nbytes == 3 * 32 * 96 // 2  # 4 bits each
+    value = stack.to_groupwise()
+    for e, matrix in enumerate(w):
+        alone = Int4OpaqueTensor.from_hp(matrix, [1, 32], algorithm)
+        assert torch.equal(stack.qdata[e], alone.qdata)
+        assert torch.equal(stack.scale_and_zero[e], alone.scale_and_zero)
+        assert torch.equal(value.codes[e], alone.to_groupwise().codes)
+        assert torch.equal(stack.dequantize()[e], alone.dequantize())
+    again = Int4OpaqueTensor.from_groupwise(value, dtype=dtype)
+    assert torch.equal(again.qdata, stack.qdata)
+    assert torch.equal(again.scale_and_zero, stack.scale_and_zero)

@@ -342,7 +342,7 @@ def prototype_copy(quantized: Any) -> Any:
 
 def _check_fits_prototype(weight: Int4OpaqueTensor) -> None:
     n, k = weight.shape
-    group_size = weight.block_size[1]
+    group_size = weight.group_size
     if (
         native_layout() is None
         or n % ROW_MULTIPLE

@@ -1,4 +1,4 @@
-"""How an `Int4OpaqueTensor` is pickled and unpickled: format version, checks, repacking on load.
+"""How a 4-bit weight is pickled, unpickled and deep-copied: format version, checks, repacking on load.
 
 A saved tensor records the layout of its bytes. Whoever loads it (`torch.load` with
 ``weights_only=True``, pickle, a whole module) gets it repacked for the process that loads.
@@ -6,24 +6,38 @@ A saved tensor records the layout of its bytes. Whoever loads it (`torch.load` w
 
 from __future__ import annotations
 
+import copy
 import traceback
 from itertools import combinations
 from typing import Any
 
 import torch
 
-from torchao_int4cpu.tensor import Int4OpaqueTensor, check_parts, shown
+from torchao_int4cpu.parts import check_parts, shown
+from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor
 
-#: Raised whenever a reader of the old format could not read the new one.
-FORMAT_VERSION = 1
+#: Raised whenever a reader of the old format could not read the new one. 2 brought stacks and
+#: transposed views.
+FORMAT_VERSION = 2
+
+#: What a tensor knows of itself in this process only: a loaded one is a weight of its own.
+_NOT_SAVED = frozenset(("_fits", "read_only", "filled_by_cuts", "cut_from", "split_from", "gathered"))
 
 _PARTS = ("qdata", "scale_and_zero", "block_size", "qdata_layout", "act_pre_scale")
 
 
 def get_state(t: Int4OpaqueTensor) -> dict[str, Any]:
     """``__getstate__``: the parts, whatever else Python has attached, and the format version."""
-    state = {name: value for name, value in t.__dict__.items() if name != "_fits"}
-    return state | {"format_version": FORMAT_VERSION}
+    state = {name: value for name, value in t.__dict__.items() if name not in _NOT_SAVED}
+    if t.ndim == 3 and t.shape[0] > 1 and t.qdata.stride(0) == 0:  # expanded: see `_check_own_bytes`
+        state |= {"qdata": t.qdata.contiguous(), "scale_and_zero": t.scale_and_zero.contiguous()}
+    return state | {"format_version": version_of(t)}
+
+
+def version_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> int:
+    """The oldest version of the format that can hold it, so that old readers read what they can."""
+    return 1 if isinstance(t, Int4OpaqueTensor) and t.ndim == 2 else 2
 
 
 def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
@@ -35,13 +49,7 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
         TypeError, ValueError: the state is not one that `get_state` writes, it was written by a newer
             format, or its parts do not fit together.
     """
-    if not isinstance(state, dict):
-        raise TypeError(
-            f"the state of a saved 4-bit weight is a {type(state).__name__}; it must be a dict, "
-            "so the file is damaged or was not written by torchao_int4cpu"
-        )
-    state = dict(state)
-    check_version(state.pop("format_version", None))
+    state = _checked_dict(state)
     missing = [name for name in _PARTS if name not in state]
     if missing:
         raise ValueError(
@@ -55,13 +63,79 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
     # The tensors of the file are in its hands: it can change them later, or ask them for gradients.
     parts |= {name: part.detach() for name, part in parts.items() if isinstance(part, torch.Tensor)}
     _check_apart([part for part in parts.values() if isinstance(part, torch.Tensor)])
+    _check_own_bytes(parts["qdata"], parts["scale_and_zero"])
     t.__dict__.update(parts | attached)
     t.block_size = list(t.block_size)
-    t.packed()  # this checks them, so that the first use, perhaps in a trace, need not
+    t.matrices()  # this checks them, so that the first use, perhaps in a trace, need not
     with torch._C.DisableTorchFunctionSubclass():
         t.requires_grad_(False)  # it stays frozen, whatever the file says
     if not _data_follow():  # else it keeps its layout: it multiplies right, and warns that it is slow
         t.repack_()
+
+
+def get_state_of_view(t: Int4TransposedTensor) -> dict[str, Any]:
+    """``__getstate__`` of the transposed view: the weight, and whatever else Python has attached."""
+    return t.__dict__ | {"format_version": version_of(t)}
+
+
+def set_state_of_view(t: Int4TransposedTensor, state: dict[str, Any]) -> None:
+    """``__setstate__`` of the transposed view: the weight has checked itself; it must fit the view.
+
+    Raises:
+        TypeError, ValueError: as `set_state`.
+    """
+    state = _checked_dict(state)
+    weight = state.pop("weight", None)
+    if not isinstance(weight, Int4OpaqueTensor) or "qdata" not in weight.__dict__:
+        raise TypeError(
+            f"a saved transposed 4-bit weight has a {type(weight).__name__} inside; it must be a whole "
+            "Int4OpaqueTensor, so the file is damaged, save it again"
+        )
+    _check_view(t, weight)
+    _check_attached(type(t), state)
+    t.__dict__.update(state)
+    t.weight = weight
+    with torch._C.DisableTorchFunctionSubclass():
+        t.requires_grad_(False)
+
+
+def deep_copy(
+    t: Int4OpaqueTensor | Int4TransposedTensor, memo: dict[int, Any]
+) -> Int4OpaqueTensor | Int4TransposedTensor:
+    """``__deepcopy__``: a weight of its own. Parts that share memory in a module do so in its copy.
+
+    A copy of a repacked copy may be written to: nothing is behind it that would have to change. What is
+    made to be filled by cuts stays so. Torch's own way copies the parts twice, and ``read_only`` too.
+    """
+    if id(t) in memo:
+        known: Int4OpaqueTensor | Int4TransposedTensor = memo[id(t)]
+        return known
+    new: Int4OpaqueTensor | Int4TransposedTensor
+    if isinstance(t, Int4TransposedTensor):
+        new, done = Int4TransposedTensor(copy.deepcopy(t.back(), memo)), {"weight"}
+    else:
+        qdata, scale_and_zero = copy.deepcopy(t.qdata, memo), copy.deepcopy(t.scale_and_zero, memo)
+        scale = copy.deepcopy(t.act_pre_scale, memo)
+        new = Int4OpaqueTensor(
+            qdata, scale_and_zero, t.block_size, t.shape, t.qdata_layout, t.dtype, scale
+        )
+        new.filled_by_cuts = t.filled_by_cuts
+        done = {*_PARTS, *_NOT_SAVED}
+    memo[id(t)] = new
+    attached = {name: value for name, value in t.__dict__.items() if name not in done}
+    new.__dict__.update(copy.deepcopy(attached, memo))
+    return new
+
+
+def _checked_dict(state: object) -> dict[str, Any]:
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"the state of a saved 4-bit weight is a {type(state).__name__}; it must be a dict, "
+            "so the file is damaged or was not written by torchao_int4cpu"
+        )
+    state = dict(state)
+    check_version(state.pop("format_version", None))
+    return state
 
 
 def _check_wrapper(t: Int4OpaqueTensor, device: torch.device) -> None:
@@ -80,6 +154,23 @@ def _check_wrapper(t: Int4OpaqueTensor, device: torch.device) -> None:
         raise ValueError(
             f"a saved 4-bit weight of shape {list(t.shape)} has a dense tensor's memory; it must have "
             "none but its parts', so the file is damaged"
+        )
+
+
+def _check_view(t: Int4TransposedTensor, weight: Int4OpaqueTensor) -> None:
+    """Check what the file says of a transposed view itself: that it is one of ``weight``."""
+    view = Int4TransposedTensor(weight)
+    if (
+        not _is_strided(t)
+        or (t.shape, t.stride(), t.storage_offset()) != (view.shape, view.stride(), 0)
+        or (t.dtype, t.device.type) != (view.dtype, view.device.type)
+        or t.data_ptr() != 0
+    ):
+        raise ValueError(
+            f"a saved transposed 4-bit weight is {t.dtype} {list(t.shape)} on {t.device}, and the "
+            f"transposed view of its weight, without memory of its own, is {view.dtype} "
+            f"{list(view.shape)} on {view.device}; no such file is written, so it is damaged, "
+            "save it again"
         )
 
 
@@ -127,6 +218,23 @@ def _check_apart(parts: list[torch.Tensor]) -> None:
             )
 
 
+def _check_own_bytes(qdata: torch.Tensor, scale_and_zero: torch.Tensor) -> None:
+    """Check that no two matrices of a stack, and no two groups, share bytes.
+
+    Else a file of a few bytes could hold a stack of any number of matrices: too many to be repacked.
+    """
+    for part in (qdata, scale_and_zero):
+        size = part.shape[-2:].numel()  # whose bytes follow each other: `check_parts`
+        for length, stride in zip(part.shape[-3::-1], part.stride()[-3::-1]):
+            if length > 1 and stride < size:
+                raise ValueError(
+                    f"a saved 4-bit weight has a part of shape {list(part.shape)} with strides "
+                    f"{list(part.stride())}, so that its matrices or groups share memory; no such file "
+                    "is written, so it is damaged, save it again"
+                )
+            size += (length - 1) * stride
+
+
 def _span(part: torch.Tensor) -> tuple[int, int]:
     """Address of the first byte of a tensor, and of the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
@@ -164,4 +272,8 @@ def check_version(version: object) -> None:
 
 Int4OpaqueTensor.__getstate__ = get_state  # type: ignore[method-assign,assignment]
 Int4OpaqueTensor.__setstate__ = set_state
-torch.serialization.add_safe_globals([Int4OpaqueTensor])
+Int4TransposedTensor.__getstate__ = get_state_of_view  # type: ignore[method-assign,assignment]
+Int4TransposedTensor.__setstate__ = set_state_of_view
+Int4OpaqueTensor.__deepcopy__ = deep_copy
+Int4TransposedTensor.__deepcopy__ = deep_copy
+torch.serialization.add_safe_globals([Int4OpaqueTensor, Int4TransposedTensor])

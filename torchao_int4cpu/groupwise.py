@@ -51,6 +51,8 @@ class GroupwiseInt4:
         zero:  float [N, G], finite, dtype and device of scale
         group_size: 32, 64, 128 or 256
 
+    A stack of E such matrices has one dimension more in front: codes ``[E, N, K]`` and so on.
+
     ``zero`` is in weight units, the convention of PyTorch's own int4 op: it is the value that
     code 8 stands for. The last group of a row is short when ``group_size`` does not divide K.
 
@@ -68,11 +70,12 @@ class GroupwiseInt4:
         check_group_size(self.group_size)
         if self.codes.dtype != torch.uint8:
             raise TypeError(f"codes are {self.codes.dtype}; they must be torch.uint8 with values 0..15")
-        if self.codes.ndim != 2 or self.codes.numel() == 0:
+        if self.codes.ndim not in (2, 3) or self.codes.numel() == 0:
             raise ValueError(
-                f"codes have shape {list(self.codes.shape)}; they must be [N, K] with N >= 1 and K >= 1"
+                f"codes have shape {list(self.codes.shape)}; they must be [N, K] with N >= 1 and "
+                "K >= 1, or a stack [E, N, K] of such"
             )
-        expected = (self.codes.shape[0], -(-self.codes.shape[1] // self.group_size))
+        expected = (*self.codes.shape[:-1], -(-self.codes.shape[-1] // self.group_size))
         for name, part in (("scale", self.scale), ("zero", self.zero)):
             if part.dtype not in FLOAT_DTYPES or part.dtype != self.scale.dtype:
                 raise TypeError(
@@ -93,20 +96,20 @@ class GroupwiseInt4:
 
     @property
     def shape(self) -> torch.Size:
-        """``[N, K]``."""
+        """``[N, K]`` or ``[E, N, K]``."""
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``[N, K]`` in ``dtype``.
+        """Return ``[N, K]`` (or ``[E, N, K]``) in ``dtype``.
 
         The equation of the class is evaluated in float32 (float64 if asked for) and rounded once.
         """
-        n, k = self.codes.shape
+        k = self.codes.shape[-1]
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        out = torch.empty(n, k, dtype=dtype)
+        out = torch.empty(self.codes.shape, dtype=dtype)
         scale, zero = self.scale.to(exact), self.zero.to(exact)
-        for group in range(scale.shape[1]):
+        for group in range(scale.shape[-1]):
             columns = slice(group * self.group_size, min(k, (group + 1) * self.group_size))
-            centred = self.codes[:, columns].to(exact) - CODE_OFFSET
-            out[:, columns] = centred * scale[:, group, None] + zero[:, group, None]
+            centred = self.codes[..., columns].to(exact) - CODE_OFFSET
+            out[..., columns] = centred * scale[..., group, None] + zero[..., group, None]
         return out

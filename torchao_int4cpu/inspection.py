@@ -27,6 +27,7 @@ from torchao_int4cpu.safetensors_format import (
     parts_of,
 )
 from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Weight:
 
     Attributes:
         name: of the parameter.
-        shape: ``[N, K]``.
+        shape: ``[N, K]``, of a stack ``[E, N, K]``, or those of a transposed view.
         group_size: codes that share a scale.
         qdata_layout: how the bytes lie in the file; loading repacks them for the CPU that loads.
         dtype: the logical one.
@@ -118,12 +119,10 @@ def _inspect_torch_file(path: Path, verify: bool) -> Contents:
         )
         loaded = None
     for name, tensor in _tensors(loaded, ""):
-        if isinstance(tensor, Int4OpaqueTensor):
+        if isinstance(tensor, (Int4OpaqueTensor, Int4TransposedTensor)):
             size = sum(part.nbytes for part in parts_of(tensor).values())
-            group_size, layout = tensor.block_size[1], tensor.qdata_layout
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            weight = Weight(name, tuple(tensor.shape), group_size, layout, dtype, size)
-            contents.weights.append(weight)
+            weight = tensor.back() if isinstance(tensor, Int4TransposedTensor) else tensor
+            contents.weights.append(_described(name, tensor, weight.qdata_layout, size))
         else:
             contents.others.append(Source(name, path, tuple(tensor.shape), tensor.dtype))
     if verify:
@@ -192,9 +191,14 @@ def _weight(
         contents.problems.append(f"{name}: {error}")
         return []
     size = sum(stored[key].nbytes for key in keys.values())
-    shape, dtype = tuple(checked.shape), str(checked.dtype).removeprefix("torch.")
-    contents.weights.append(Weight(name, shape, checked.block_size[1], layout, dtype, size))
+    contents.weights.append(_described(name, checked, layout, size))
     return list(keys.values())
+
+
+def _described(name: str, t: Int4OpaqueTensor | Int4TransposedTensor, layout: str, size: int) -> Weight:
+    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    dtype = str(t.dtype).removeprefix("torch.")
+    return Weight(name, tuple(t.shape), weight.group_size, layout, dtype, size)
 
 
 def _dtype(entry: Any) -> object:

@@ -84,7 +84,7 @@ def layout_named(name: object) -> NibbleLayout:
 
 def segments(n: int, layout: NibbleLayout) -> Iterator[Segment]:
     """Split ``n`` rows into the full blocks and, if rows remain, the short last block."""
-    full, rest = divmod(n, layout.rows_per_block)
+    full, rest = n // layout.rows_per_block, n % layout.rows_per_block  # a SymInt has no divmod
     if full:
         yield Segment(0, full, layout.rows_per_block, layout.nibble_distance)
     if rest:

@@ -23,8 +23,9 @@ from torchao_int4cpu.directory_plan import Plan, Planned, read_header
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.groupwise import GroupwiseInt4
 from torchao_int4cpu.layout import LAYOUTS, native_layout
+from torchao_int4cpu.parts import padded_shape
 from torchao_int4cpu.safetensors_format import metadata_of, part_key, parts_of
-from torchao_int4cpu.tensor import Int4OpaqueTensor, padded_shape
+from torchao_int4cpu.tensor import Int4OpaqueTensor
 from torchao_int4cpu.version import __version__
 
 #: A shard holds at most so many bytes, or as many as the largest tensor of the source.

@@ -1,4 +1,4 @@
-"""How an `Int4OpaqueTensor` lies in a safetensors file, in torchao's naming; registered with torchao.
+"""How a 4-bit weight lies in a safetensors file, in torchao's naming; registered with torchao.
 
 A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
 ``a.b._weight_scale_and_zero`` (and ``a.b._weight_act_pre_scale``). The file's metadata says under
@@ -9,6 +9,9 @@ A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
                "qdata_layout": "avx512", "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
                "crc32": {"qdata": "0a1b2c3d", "scale_and_zero": "4e5f6071"}},
      "_tensor_data_names": ["qdata", "scale_and_zero"]}
+
+A stack has a ``shape`` of three numbers and a ``block_size`` to match, and a transposed view says
+``"transposed": true`` beside the ``shape`` of its weight; both since ``format_version`` 2.
 
 Source of the naming: torchao/prototype/safetensors of torchao 0.18, which Hugging Face transformers 5
 and vLLM call. ``_type`` names this package, because torchao's prototype has a class of the same name,
@@ -25,8 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.checkpoint import FORMAT_VERSION, check_version
+from torchao_int4cpu.checkpoint import check_version, version_of
+from torchao_int4cpu.parts import shown
 from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.transformers_mends import mend_transformers
+from torchao_int4cpu.transposed import Int4TransposedTensor
 
 #: What stands in a file's metadata for our class.
 TYPE_NAME = "torchao_int4cpu.Int4OpaqueTensor"
@@ -70,7 +76,7 @@ def part_key(name: str, part: str) -> str:
     return f"{module}._{parameter}_{part}"
 
 
-def parts_of(t: Int4OpaqueTensor) -> dict[str, Tensor]:
+def parts_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> dict[str, Tensor]:
     """The tensors that are stored, by the names of the fields."""
     parts = {"qdata": t.qdata, "scale_and_zero": t.scale_and_zero}
     if t.act_pre_scale is not None:
@@ -78,17 +84,21 @@ def parts_of(t: Int4OpaqueTensor) -> dict[str, Tensor]:
     return parts
 
 
-def metadata_of(t: Int4OpaqueTensor) -> dict[str, Any]:
+def metadata_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> dict[str, Any]:
     """What the file's metadata says of one weight, see the module's docstring; no checksums on meta."""
     parts = parts_of(t)
+    transposed = isinstance(t, Int4TransposedTensor)
+    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
     data = {
-        "format_version": FORMAT_VERSION,
-        "block_size": list(t.block_size),
-        "shape": list(t.shape),
-        "qdata_layout": t.qdata_layout,
+        "format_version": version_of(t),
+        "block_size": list(weight.block_size),
+        "shape": list(weight.shape),
+        "qdata_layout": weight.qdata_layout,
         "dtype": {"_type": "torch.dtype", "_data": str(t.dtype).removeprefix("torch.")},
         "crc32": {name: crc32(part) for name, part in parts.items() if part.device.type == "cpu"},
     }
+    if transposed:
+        data["transposed"] = True
     return {"_type": TYPE_NAME, "_data": data, "_tensor_data_names": list(parts)}
 
 
@@ -99,7 +109,7 @@ def crc32(part: Tensor) -> str:
     return f"{zlib.crc32(buffer):08x}"
 
 
-def from_safetensors(**data: Any) -> Int4OpaqueTensor:
+def from_safetensors(**data: Any) -> Int4OpaqueTensor | Int4TransposedTensor:
     """What torchao calls with the metadata and the tensors of one weight: check all of it, repack.
 
     Checksums are not compared: ``python -m torchao_int4cpu inspect --verify`` does.
@@ -107,8 +117,15 @@ def from_safetensors(**data: Any) -> Int4OpaqueTensor:
     Raises:
         TypeError, ValueError: as `Int4OpaqueTensor`, or the format is newer, or something is missing.
     """
+    mend_transformers()
     check_version(data.pop("format_version", None))
     data.pop("crc32", None)
+    transposed = data.pop("transposed", False)
+    if not isinstance(transposed, bool):
+        raise TypeError(
+            f"a saved 4-bit weight has transposed={shown(transposed)}; it must be true or absent, "
+            "so the file is damaged"
+        )
     missing = [name for name in _ARGUMENTS if name not in data]
     unknown = [name for name in data if name not in (*_ARGUMENTS, "act_pre_scale")]
     if missing or unknown:
@@ -116,7 +133,8 @@ def from_safetensors(**data: Any) -> Int4OpaqueTensor:
             f"a saved 4-bit weight has {', '.join(map(repr, data))}; it must have "
             f"{', '.join(map(repr, _ARGUMENTS))} and perhaps 'act_pre_scale', so the file is damaged"
         )
-    return Int4OpaqueTensor(**data).repack_()
+    weight = Int4OpaqueTensor(**data).repack_()
+    return Int4TransposedTensor(weight) if transposed else weight
 
 
 def _register() -> None:
@@ -129,7 +147,7 @@ def _register() -> None:
         from torchao.prototype.safetensors import safetensors_utils
     except ImportError:
         return  # it needs numpy; who saves or loads through it without numpy is told so by its import
-    for name in (Int4OpaqueTensor.__name__, TYPE_NAME):
+    for name in (Int4OpaqueTensor.__name__, Int4TransposedTensor.__name__, TYPE_NAME):
         if name not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
             safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(name)
     safetensors_utils.ALLOWED_CLASSES[TYPE_NAME] = from_safetensors
@@ -138,7 +156,7 @@ def _register() -> None:
     original = getattr(encoder.default, "torchao_default", encoder.default)
 
     def default(self: json.JSONEncoder, o: object) -> Any:
-        if isinstance(o, Int4OpaqueTensor):
+        if isinstance(o, (Int4OpaqueTensor, Int4TransposedTensor)):
             return metadata_of(o)
         if type(o).__name__ == Int4OpaqueTensor.__name__ and isinstance(o, torch.Tensor):
             raise ValueError(

@@ -6,32 +6,18 @@ It knows neither aten ops (`dispatch`) nor how a file stores it (`checkpoint`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_int4cpu.choose_qparams import QPARAMS_DTYPE, choose_qparams
-from torchao_int4cpu.groupwise import (
-    CODE_OFFSET,
-    FLOAT_DTYPES,
-    GroupwiseInt4,
-    check_group_size,
-)
-from torchao_int4cpu.kernels import PackedInt4
-from torchao_int4cpu.layout import (
-    LAYOUTS,
-    ROW_MULTIPLE,
-    layout_named,
-    native_layout,
-    pack,
-    repack,
-    unpack,
-)
+from torchao_int4cpu.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
+from torchao_int4cpu.kernels import PackedExperts, PackedInt4, traceable_dequantize
+from torchao_int4cpu.layout import LAYOUTS, layout_named, native_layout, pack, repack, unpack
+from torchao_int4cpu.parts import check_parts, group_size_of, padded_shape
 
 #: What must fit together, and what holds it: shape and dtype are those of ``data``.
 _PARTS = frozenset(
@@ -39,24 +25,37 @@ _PARTS = frozenset(
 )
 
 
+class Cut(NamedTuple):
+    """``source.narrow(dim, start, stop - start)``, and whether it is a view of ``source``."""
+
+    source: Int4OpaqueTensor
+    dim: int
+    start: int
+    stop: int
+    aliases: bool
+
+
 class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has no annotations
-    """A weight ``[N, K]`` in 4 bits, packed for PyTorch's int4 op on this CPU.
+    """A weight ``[N, K]`` in 4 bits, packed for PyTorch's int4 op on this CPU; or a stack of E such.
 
     It stands for the matrix of `GroupwiseInt4`::
 
         w[n, k]  =  (code[n, k] - 8) * scale[n, k // group_size] + zero[n, k // group_size]
 
-    Data:
+    Data, with one more dimension in front in a stack ``[E, N, K]`` (the experts of a layer):
         qdata: uint8 ``[N', K'/2]``, two codes a byte in the order of ``qdata_layout`` (`layout`).
-        scale_and_zero: bfloat16 ``[K'/group_size, N', 2]``.
+        scale_and_zero: bfloat16 ``[K'/group_size, N', 2]``. In a view of some rows of a weight the
+            groups lie as far apart as in that weight.
         act_pre_scale: optional, float, ``[K]`` or one element; multiplies the activation.
 
     Attributes:
-        block_size: ``[1, group_size]``.
-        shape: ``[N, K]``. N' is N rounded up to a multiple of 16, K' is K rounded up to one of
-            ``group_size``; what is added is never seen.
+        block_size: ``[1, group_size]``, in a stack ``[1, 1, group_size]``.
+        shape: ``[N, K]`` or ``[E, N, K]``. N' is N rounded up to a multiple of 16, K' is K rounded up
+            to one of ``group_size``; what is added is never seen.
         qdata_layout: ``"avx512"``, ``"avx2"`` or ``"default"``.
         dtype: what `dequantize` gives: bfloat16, float16 or float32. The parts keep theirs.
+        read_only: whether this is a copy where torch would give a view, because its bytes had to be
+            repacked: what is written to it would not get where it should, so ``copy_`` refuses.
 
     The weight is frozen: gradients flow through it to the activation, never into it, and
     ``requires_grad`` stays False.
@@ -69,12 +68,22 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
     tensor_data_names = ["qdata", "scale_and_zero"]
     tensor_attribute_names = ["block_size", "shape", "qdata_layout", "dtype"]
     optional_tensor_data_names = ["act_pre_scale"]
+    optional_tensor_attribute_names = ["read_only"]
 
     qdata: Tensor
     scale_and_zero: Tensor
     act_pre_scale: Tensor | None
     block_size: list[int]
     qdata_layout: str
+    read_only: bool = False
+    # Python only, neither traced nor saved: a weight made to be filled cut by cut (`new_zeros`), and
+    # where a repacked copy was cut from such a weight. What is copied into the copy is written back.
+    filled_by_cuts: bool = False
+    cut_from: Cut | None = None
+    # Python only, too: the dimension and its size that `split` cut this piece from, for messages; and
+    # what processes sent that cannot be one weight (`dispatch.collectives`).
+    split_from: tuple[int, int] | None = None
+    gathered: tuple[Tensor, ...] | None = None
     _fits = False  # whether the parts are as they were when they were checked
 
     def __new__(
@@ -86,6 +95,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         qdata_layout: str,
         dtype: torch.dtype,
         act_pre_scale: Tensor | None = None,
+        read_only: bool = False,
     ) -> Int4OpaqueTensor:
         check_parts(qdata, scale_and_zero, block_size, shape, qdata_layout, dtype, act_pre_scale)
         tensor: Int4OpaqueTensor = torch.Tensor._make_wrapper_subclass(
@@ -102,6 +112,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         qdata_layout: str,
         dtype: torch.dtype,
         act_pre_scale: Tensor | None = None,
+        read_only: bool = False,
     ) -> None:
         super().__init__()
         # Whoever made the parts can still `set_` them to less memory than was checked: not ours.
@@ -112,6 +123,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         self.block_size = list(block_size)
         self.qdata_layout = qdata_layout
         self.act_pre_scale = act_pre_scale
+        self.read_only = read_only
         self.__dict__["_fits"] = True  # `__new__` has checked them
 
     @classmethod
@@ -124,16 +136,23 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         """Quantize and pack a weight.
 
         Args:
-            w: bfloat16, float16 or float32 ``[N, K]`` on the CPU, finite, any N >= 1 and K >= 1.
-            block_size: ``[1, group_size]``.
+            w: bfloat16, float16 or float32 ``[N, K]`` on the CPU, finite, any N >= 1 and K >= 1; or a
+                stack ``[E, N, K]``, which is quantized matrix by matrix. Any strides.
+            block_size: ``[1, group_size]``, for a stack ``[1, 1, group_size]``.
             int4_choose_qparams_algorithm: ``"tinygemm"``, ``"hqq"`` or ``"mse"``.
 
         Raises:
             TypeError, ValueError: as `choose_qparams`, or a wrong ``block_size``.
         """
-        group_size = _group_size_of(block_size)
-        groupwise = choose_qparams(w, group_size, int4_choose_qparams_algorithm)
-        return cls.from_groupwise(groupwise, dtype=w.dtype)
+        group_size = group_size_of(block_size, max(2, w.ndim))
+        if w.ndim != 3:
+            groupwise = choose_qparams(w, group_size, int4_choose_qparams_algorithm)
+            return cls.from_groupwise(groupwise, dtype=w.dtype)
+        stack = cls.empty(w.shape, group_size, w.dtype)
+        for matrix, target in zip(w, stack.matrices()):
+            groupwise = choose_qparams(matrix, group_size, int4_choose_qparams_algorithm)
+            _pack_into(target, groupwise)
+        return stack
 
     @classmethod
     def from_groupwise(
@@ -150,26 +169,43 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         Raises:
             ValueError: a scale or zero is too large for bfloat16.
         """
-        n, k = groupwise.shape
-        group_size = groupwise.group_size
+        t = cls.empty(groupwise.shape, groupwise.group_size, dtype, act_pre_scale=act_pre_scale)
+        if len(groupwise.shape) == 2:
+            _pack_into(t.packed(), groupwise)
+            return t
+        for codes, scale, zero, target in zip(
+            groupwise.codes, groupwise.scale, groupwise.zero, t.matrices()
+        ):
+            _pack_into(target, GroupwiseInt4(codes, scale, zero, groupwise.group_size))
+        return t
+
+    @classmethod
+    def empty(
+        cls,
+        shape: Sequence[int],
+        group_size: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device | str = "cpu",
+        act_pre_scale: Tensor | None = None,
+    ) -> Int4OpaqueTensor:
+        """A weight with uninitialised parts in this process's layout, to be copied into.
+
+        Raises:
+            TypeError, ValueError: an argument breaks its rule.
+        """
+        ones = [1] * (len(shape) - 1)
+        block_size = [*ones, group_size_of([*ones, group_size], len(shape))]
+        *stack, n, k = shape
         padded_n, padded_k = padded_shape(n, k, group_size)
-        qparams = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1)
-        scale_and_zero = qparams.to(QPARAMS_DTYPE)
-        if not bool(torch.isfinite(scale_and_zero).all()):
-            raise ValueError(
-                "scale or zero does not fit bfloat16 (3.4e38 at most); divide the weight by a constant"
-            )
         layout = native_layout() or LAYOUTS["default"]
-        # The padding is code 8 with scale and zero 0: weights that are exactly 0.
-        codes = groupwise.codes
-        if (padded_n, padded_k) != (n, k):
-            codes = F.pad(codes, (0, padded_k - k, 0, padded_n - n), value=CODE_OFFSET)
-            scale_and_zero = F.pad(scale_and_zero, (0, 0, 0, padded_n - n))
         return cls(
-            pack(codes.contiguous(), layout),
-            scale_and_zero.contiguous(),
-            [1, group_size],
-            (n, k),
+            torch.empty(*stack, padded_n, padded_k // 2, dtype=torch.uint8, device=device),
+            torch.empty(
+                *stack, padded_k // group_size, padded_n, 2, dtype=QPARAMS_DTYPE, device=device
+            ),
+            block_size,
+            shape,
             layout.name,
             dtype,
             act_pre_scale,
@@ -203,17 +239,33 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
 
     def to_groupwise(self) -> GroupwiseInt4:
         """Unpack: the exact codes, and scale and zero as stored (bfloat16)."""
-        n, k = self.shape
-        codes = unpack(self.qdata, layout_named(self.qdata_layout))
-        scale, zero = self.scale_and_zero[:, :n].permute(2, 1, 0).contiguous()
-        return GroupwiseInt4(codes[:n, :k].contiguous(), scale, zero, self.block_size[1])
+        matrices = [_unpacked(weight) for weight in self.matrices()]
+        if self.ndim == 2:
+            return GroupwiseInt4(*matrices[0], self.group_size)
+        codes, scale, zero = (torch.stack(parts) for parts in zip(*matrices))
+        return GroupwiseInt4(codes, scale, zero, self.group_size)
 
     def dequantize(self) -> Tensor:
-        """Return the weight as a plain ``[N, K]`` tensor of the logical dtype, rounded once.
+        """Return the weight as a plain tensor of its shape and logical dtype, rounded once.
 
         ``act_pre_scale`` is no part of the weight and is not applied.
         """
-        return self.to_groupwise().dequantize(self.dtype)
+        if torch.compiler.is_exporting():
+            # One op on the weight itself: a graph on its parts would name their layout, but the weights
+            # of a saved program are repacked for the process that loads them.
+            exported: Tensor = torch.ops.aten.dequantize.self(self)
+            return exported
+        return self.dense()
+
+    def dense(self) -> Tensor:
+        """`dequantize`, by ops on the parts."""
+        dense = [traceable_dequantize(weight, self.dtype) for weight in self.matrices()]
+        return dense[0] if self.ndim == 2 else torch.stack(dense)
+
+    @property
+    def group_size(self) -> int:
+        """Codes along K that share a scale and a zero."""
+        return self.block_size[-1]
 
     def repack_(self) -> Int4OpaqueTensor:
         """Put ``qdata`` into this process's layout, in place, if it is in another; return self.
@@ -223,7 +275,10 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         target = native_layout()
         if target is not None and self.qdata_layout != target.name:
             if self.qdata.device.type == "cpu":
-                self.qdata = repack(self.qdata, layout_named(self.qdata_layout), target)
+                source = layout_named(self.qdata_layout)
+                stack = self.qdata if self.ndim == 3 else self.qdata[None]
+                repacked = [repack(matrix.contiguous(), source, target) for matrix in stack]
+                self.qdata = torch.stack(repacked) if self.ndim == 3 else repacked[0]
             self.qdata_layout = target.name
             self._check()
         return self
@@ -232,14 +287,39 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         """The parts that `kernels` multiplies with, checked again if one was assigned to.
 
         Raises:
+            TypeError, ValueError: the parts do not fit together any more, or are a stack.
+        """
+        if not self._fits:
+            self._check()
+        if self.ndim != 2:
+            raise ValueError(
+                f"got a stack of 4-bit weights of shape {list(self.shape)}; this takes one [N, K], so "
+                "index it first (weight[e]), or multiply with F.grouped_mm or torch.bmm"
+            )
+        n, k = self.shape
+        return PackedInt4(
+            self.qdata, self.scale_and_zero, self.block_size[-1], LAYOUTS[self.qdata_layout], n, k
+        )
+
+    def packed_experts(self) -> PackedExperts:
+        """The parts of a stack, as `packed` gives those of a matrix.
+
+        Raises:
             TypeError, ValueError: the parts do not fit together any more.
         """
         if not self._fits:
             self._check()
-        n, k = self.shape
-        return PackedInt4(
-            self.qdata, self.scale_and_zero, self.block_size[1], LAYOUTS[self.qdata_layout], n, k
+        _, n, k = self.shape
+        return PackedExperts(
+            self.qdata, self.scale_and_zero, self.block_size[-1], LAYOUTS[self.qdata_layout], n, k
         )
+
+    def matrices(self) -> list[PackedInt4]:
+        """The packed matrix, or those of a stack."""
+        if self.ndim == 2:
+            return [self.packed()]
+        experts = self.packed_experts()
+        return [experts.expert(i) for i in range(self.shape[0])]
 
     def _check(self) -> None:
         parts = (self.qdata, self.scale_and_zero, self.block_size, tuple(self.shape))
@@ -269,10 +349,11 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
                 "shape": self.shape,
                 "qdata_layout": self.qdata_layout,
                 "dtype": self.dtype,
+                "read_only": self.read_only,
             }
 
     def _quantization_type(self) -> str:  # torchao's name; printed with the module
-        text = f"shape={list(self.shape)}, group_size={self.block_size[1]}, dtype={self.dtype}"
+        text = f"shape={list(self.shape)}, group_size={self.group_size}, dtype={self.dtype}"
         if self.act_pre_scale is not None:
             text += f", act_pre_scale={list(self.act_pre_scale.shape)}"
         return text
@@ -283,6 +364,32 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             f"Int4OpaqueTensor({self._quantization_type()},\n"
             f"    device={self.device}, qdata_layout={self.qdata_layout!r}, bytes={data})"
         )
+
+
+def _pack_into(target: PackedInt4, groupwise: GroupwiseInt4) -> None:
+    """Write codes, scales and zeros into the parts of a weight of the same shape, padding included.
+
+    The padding is code 8 with scale and zero 0: weights that are exactly 0.
+    """
+    (padded_n, half_k), (n, k) = target.qdata.shape, groupwise.shape
+    qparams = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1).to(QPARAMS_DTYPE)
+    if not bool(torch.isfinite(qparams).all()):
+        raise ValueError(
+            "scale or zero does not fit bfloat16 (3.4e38 at most); divide the weight by a constant"
+        )
+    codes = groupwise.codes
+    if (padded_n, half_k * 2) != (n, k):
+        codes = F.pad(codes, (0, half_k * 2 - k, 0, padded_n - n), value=CODE_OFFSET)
+        qparams = F.pad(qparams, (0, 0, 0, padded_n - n))
+    target.qdata.copy_(pack(codes.contiguous(), target.layout))
+    target.scale_and_zero.copy_(qparams)
+
+
+def _unpacked(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes ``[N, K]``, scale and zero ``[N, G]``."""
+    codes = unpack(weight.qdata, weight.layout)[: weight.n, : weight.k].contiguous()
+    scale, zero = weight.scale_and_zero[:, : weight.n].permute(2, 1, 0).contiguous()
+    return codes, scale, zero
 
 
 def from_upstream_parts(
@@ -317,144 +424,3 @@ def from_upstream_parts(
             "so check the original weight and quantize it again"
         )
     return t.repack_()
-
-
-def padded_shape(n: int, k: int, group_size: int) -> tuple[int, int]:
-    """``(N', K')``: N rounded up to a multiple of 16, K to a multiple of ``group_size``."""
-    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE, -(-k // group_size) * group_size
-
-
-def check_parts(
-    qdata: object,
-    scale_and_zero: object,
-    block_size: object,
-    shape: object,
-    qdata_layout: object,
-    dtype: object,
-    act_pre_scale: object = None,
-) -> None:
-    """Check that the parts make an `Int4OpaqueTensor`.
-
-    PyTorch's op reads as many groups as ``qdata`` calls for, whatever ``scale_and_zero`` has, so
-    parts from a damaged file must never get as far as the op.
-
-    Raises:
-        TypeError: a part has the wrong class or dtype.
-        ValueError: the parts do not fit together.
-    """
-    group_size = _group_size_of(block_size)
-    if not isinstance(qdata_layout, str):
-        names = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"layout {shown(qdata_layout)} is not known; choose {names}")
-    layout_named(qdata_layout)
-    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
-        got = dtype if isinstance(dtype, str) else shown(dtype)
-        raise TypeError(f"dtype is {got}; choose torch.bfloat16, torch.float16 or torch.float32")
-    if (
-        not isinstance(shape, Sequence)
-        or len(shape) != 2
-        or not all(_is_int(size) and size >= 1 for size in shape)
-    ):
-        raise ValueError(f"shape is {shown(shape)}; it must be [N, K] with N >= 1 and K >= 1")
-    padded_n, padded_k = padded_shape(shape[0], shape[1], group_size)
-    parts = [_check_part("qdata", qdata, torch.uint8, [padded_n, padded_k // 2], shape)]
-    expected = [padded_k // group_size, padded_n, 2]
-    parts.append(_check_part("scale_and_zero", scale_and_zero, QPARAMS_DTYPE, expected, shape))
-    if act_pre_scale is not None:
-        if not isinstance(act_pre_scale, Tensor) or act_pre_scale.dtype not in FLOAT_DTYPES:
-            got = getattr(act_pre_scale, "dtype", type(act_pre_scale).__name__)
-            raise TypeError(f"act_pre_scale is {got}; it must be a bfloat16, float16 or float32 tensor")
-        _check_memory("act_pre_scale", act_pre_scale)
-        if act_pre_scale.numel() != 1 and list(act_pre_scale.shape) != [shape[1]]:
-            raise ValueError(
-                f"act_pre_scale has shape {list(act_pre_scale.shape)}; "
-                f"it must have one element or shape [{shape[1]}]"
-            )
-        parts.append(act_pre_scale)
-    devices = [part.device.type for part in parts]
-    if len(set(devices)) > 1:
-        raise ValueError(
-            f"qdata, scale_and_zero and act_pre_scale are on {', '.join(devices)}; all must be on one "
-            "device, so load them with map_location='cpu'"
-        )
-
-
-def _check_part(
-    name: str, part: object, dtype: torch.dtype, expected: list[int], shape: Sequence[int]
-) -> Tensor:
-    if not isinstance(part, Tensor) or part.dtype != dtype:
-        got = getattr(part, "dtype", type(part).__name__)
-        raise TypeError(f"{name} is {got}; it must be a {dtype} tensor")
-    _check_memory(name, part)
-    if list(part.shape) != expected:
-        raise ValueError(
-            f"{name} has shape {list(part.shape)}; a weight of shape {list(shape)} needs {expected}"
-        )
-    if part.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"{name} is on {part.device}; a 4-bit CPU weight lives on 'cpu' (or 'meta'), "
-            "so load it with map_location='cpu'"
-        )
-    if not part.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; call .contiguous() on it first")
-    return part
-
-
-def _check_memory(name: str, part: Tensor) -> None:
-    """Check that the bytes at ``part.data_ptr()`` are the numbers of ``part``: kernels read those.
-
-    A tensor subclass may have none: torch makes a "wrapper" of any shape, with a null pointer.
-    """
-    if type(part) not in _PLAIN and not isinstance(part, _TRACED):
-        raise TypeError(
-            f"{name} is of class {type(part).__name__}; it must be a plain tensor, "
-            "so take the parts from an Int4OpaqueTensor"
-        )
-    if part.is_nested or part.layout != torch.strided or part.is_neg():
-        raise ValueError(
-            f"{name} is nested, sparse or a negative view; it must be a dense tensor, "
-            "so take the parts from an Int4OpaqueTensor"
-        )
-
-
-#: Classes whose values lie in their own memory, and those that stand for such while torch traces.
-_PLAIN = (Tensor, torch.nn.Parameter)
-_TRACED = (FakeTensor, FunctionalTensor)
-
-
-def _group_size_of(block_size: object) -> int:
-    if (
-        not isinstance(block_size, (list, tuple))
-        or len(block_size) != 2
-        or not _is_int(block_size[0])
-        or block_size[0] != 1
-        or not isinstance(block_size[1], (int, float, str, type(None)))
-    ):
-        raise ValueError(
-            f"block_size is {shown(block_size)}; it must be [1, group_size] "
-            "with a group_size of 32, 64, 128 or 256"
-        )
-    return check_group_size(block_size[1])
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: object, depth: int = 2) -> str:
-    """``value`` as a message shows it, whatever it is: in a file it may be of any type and size.
-
-    Its `repr` may not end: a list of ten times a list of ten times a list takes a file few bytes.
-    """
-    if isinstance(value, (list, tuple)) and depth > 0:
-        items = [shown(item, depth - 1) for item in value[:8]] + ["..."] * (len(value) > 8)
-        return f"[{', '.join(items)}]" if isinstance(value, list) else f"({', '.join(items)})"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 100 else value[:100] + "...")
-    if isinstance(value, (bool, float, type(None), torch.dtype)) or _is_short_int(value):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
-def _is_short_int(value: object) -> bool:
-    return isinstance(value, int) and value.bit_length() <= 128

@@ -243,7 +243,7 @@ def _energy(qdata: Tensor, weight: Int4OpaqueTensor, layout: NibbleLayout) -> fl
     """The sum of squares of the first rows of ``weight``, had its file's ``qdata`` this ``layout``."""
     codes = unpack(qdata[:SAMPLE_ROWS], layout)
     scale, zero = weight.scale_and_zero[:, :SAMPLE_ROWS].permute(2, 1, 0)
-    sample = GroupwiseInt4(codes, scale, zero, weight.block_size[1])
+    sample = GroupwiseInt4(codes, scale, zero, weight.group_size)
     return float(sample.dequantize().square().sum(dtype=torch.float64))
 
 

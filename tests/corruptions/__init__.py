@@ -4,16 +4,18 @@
 - `raw`: noise in files that were written well.
 - `pickles`: files of `torch.save` that say what no file of ours says.
 - `safetensors`: safetensors files of that kind.
+- `experts`: both formats, with stacks and transposed views.
 
 A case is decided by its family and its number alone, so one that fails is found again.
 """
 
 from tests.corruptions.case import EITHER, KEPT, REFUSED, Case, Family
+from tests.corruptions.experts import EXPERTS
 from tests.corruptions.pickles import PICKLES, SIZES
 from tests.corruptions.raw import RAW_PT, RAW_SAFETENSORS
 from tests.corruptions.safetensors import SAFETENSORS
 
 #: By name, which begins with the format.
-FAMILIES: dict[str, Family] = RAW_PT | PICKLES | RAW_SAFETENSORS | SAFETENSORS
+FAMILIES: dict[str, Family] = RAW_PT | PICKLES | RAW_SAFETENSORS | SAFETENSORS | EXPERTS
 
 __all__ = ["EITHER", "FAMILIES", "KEPT", "RAW_PT", "REFUSED", "SIZES", "Case"]

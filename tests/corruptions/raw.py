@@ -94,7 +94,7 @@ RAW_PT: dict[str, Family] = {
     "pt-flipped": lambda: flips(_PT, 120),
     "pt-overwritten": lambda: overwritten(_PT, 32),
     "pt-swapped": lambda: swapped(_PT, 12),
-    "pt-spliced": lambda: spliced(_PT, 60),
+    "pt-spliced": lambda: spliced(_PT, 120),
 }
 
 RAW_SAFETENSORS: dict[str, Family] = {

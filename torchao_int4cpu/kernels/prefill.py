@@ -306,7 +306,7 @@ def int4_mm_grad(grad: Tensor, weight: PackedInt4) -> Tensor:
                 halves = wide.unflatten(1, (-1, 2, seg.distance))
                 for columns, pair in panels.expand():
                     for nibble, panel in enumerate(pair):
-                        chosen = halves[:, :, nibble].reshape(len(wide), -1)
+                        chosen = halves[:, :, nibble].reshape(len(wide), panel.shape[1])
                         total[:, columns] += torch.mm(chosen, panel.t())
         out_rows.copy_(total)
     return out

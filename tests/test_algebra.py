@@ -1,0 +1,650 @@
+"""The algebra of a weight: whatever is done to the packed tensor equals doing it to the codes.
+
+Random sequences of operations are applied to packed tensors and to `Twin`, a small model that does
+the same to plain codes, scales and zeros with torch's own ops on plain tensors. So torch's views are
+the judge of aliasing, too: a write must show where the model's write shows, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.numerics import native
+from tests.weights import ALL_LAYOUTS, random_value, weight_in
+from torchao_int4cpu import Int4OpaqueTensor
+from torchao_int4cpu.layout import LAYOUTS
+from torchao_int4cpu.transposed import Int4TransposedTensor
+
+
+class Refused(Exception):
+    """The model says that this must raise."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Twin:
+    """What a 4-bit weight is: codes ``[..., N, K]``, scale and zero ``[..., N, G]``, all plain.
+
+    Where our weight is a view, these are views; where it is a repacked copy, they are copies, and
+    ``read_only``. ``turned`` is the transposed view. ``layout`` decides which cuts are views.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group_size: int
+    layout: str
+    dtype: torch.dtype
+    pre_scale: Tensor | None
+    turned: bool = False
+    read_only: bool = False
+
+    def __repr__(self) -> str:
+        return f"Twin({self.shape}, groups of {self.group_size}, {self.layout}, turned={self.turned})"
+
+    @property
+    def stack(self) -> bool:
+        return self.codes.ndim == 3
+
+    @property
+    def shape(self) -> list[int]:
+        *stack, n, k = self.codes.shape
+        return [*stack, k, n] if self.turned else [*stack, n, k]
+
+    def along(self, dim: int) -> str:
+        """``"E"``, ``"N"`` or ``"K"``."""
+        names = "ENK"[-len(self.shape) :]
+        name = names[dim]
+        return {"N": "K", "K": "N"}.get(name, name) if self.turned else name
+
+    def parts(self, change: Callable[[Tensor], Tensor], **others: Any) -> Twin:
+        codes, scale, zero = (change(part) for part in (self.codes, self.scale, self.zero))
+        return replace(self, codes=codes, scale=scale, zero=zero, **others)
+
+    # --- cuts
+
+    def narrow(self, dim: int, start: int, length: int) -> Twin:
+        axis, stop = self.along(dim), start + length
+        if length < 1:
+            raise Refused
+        if axis == "E":
+            return self.parts(lambda part: part[start:stop])
+        n, k = self.codes.shape[-2:]
+        if axis == "N":
+            cut = self.parts(lambda part: part[..., start:stop, :])
+            block = LAYOUTS[self.layout].rows_per_block
+            is_view = all(border % block == 0 or border == n for border in (start, stop))
+            return cut if is_view else cut.copied(read_only=True)
+        if (start, stop) == (0, k):
+            return self.parts(lambda part: part[:])
+        size = self.group_size
+        if any(border % size and border != k for border in (start, stop)):
+            raise Refused
+        groups = slice(start // size, -(-stop // size))
+        scale = self.pre_scale
+        return replace(
+            self,
+            codes=self.codes[..., start:stop],
+            scale=self.scale[..., groups],
+            zero=self.zero[..., groups],
+            pre_scale=scale[start:stop] if scale is not None and scale.numel() > 1 else scale,
+        ).copied(read_only=True, scale_too=True)
+
+    def split(self, sizes: Sequence[int], dim: int) -> list[Twin]:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [self.narrow(dim, start, size) for start, size in zip(starts, sizes)]
+
+    def chunk(self, count: int, dim: int) -> list[Twin]:
+        total = self.shape[dim]
+        size = -(-total // count)
+        return self.split([min(size, total - start) for start in range(0, total, size)], dim)
+
+    def select(self, dim: int, index: int) -> Twin:
+        if not self.stack or dim != 0:
+            raise Refused
+        return self.parts(lambda part: part[index])
+
+    def unbind(self) -> list[Twin]:
+        return [self.select(0, i) for i in range(self.shape[0])]
+
+    def take(self, index: Tensor) -> Twin:
+        if not self.stack and self.turned:
+            raise Refused
+        return self.parts(lambda part: part[index]).copied(scale_too=True)
+
+    # --- shapes
+
+    def transpose(self) -> Twin:
+        return replace(self.parts(lambda part: part[:]), turned=not self.turned)
+
+    def unsqueeze(self) -> Twin:
+        if self.stack:
+            raise Refused
+        return self.parts(lambda part: part[None])
+
+    def squeeze(self) -> Twin:
+        return self.parts(lambda part: part[0]) if self.stack and self.shape[0] == 1 else self.detach()
+
+    def expand(self, count: int) -> Twin:
+        if self.stack and self.shape[0] not in (1, count):
+            raise Refused
+        stack = self if self.stack else self.unsqueeze()
+        return stack.parts(lambda part: part.expand(count, -1, -1))
+
+    def detach(self) -> Twin:
+        return self.parts(lambda part: part[:])
+
+    # --- copies
+
+    def copied(self, read_only: bool = False, scale_too: bool = False) -> Twin:
+        scale = self.pre_scale
+        scale = scale.clone() if scale is not None and scale_too else scale
+        return self.parts(Tensor.clone, read_only=read_only, pre_scale=scale)
+
+    def clone(self) -> Twin:
+        return self.copied(scale_too=True)
+
+    def to(self, dtype: torch.dtype) -> Twin:
+        return self if dtype == self.dtype else replace(self.clone(), dtype=dtype)
+
+    def copy_(self, source: Twin) -> None:
+        mine, other = self.pre_scale, source.pre_scale
+        shapes = [None if s is None else list(s.shape) for s in (mine, other)]
+        same = (source.shape, source.group_size, source.turned) == (
+            self.shape,
+            self.group_size,
+            self.turned,
+        )
+        expanded = self.stack and self.shape[0] > 1 and self.codes.stride(0) == 0
+        if not same or shapes[0] != shapes[1] or self.read_only or expanded:
+            raise Refused
+        for name in ("codes", "scale", "zero"):
+            getattr(self, name).copy_(getattr(source, name))
+        if mine is not None and other is not None:
+            mine.copy_(other)
+
+    def zeros(self, shape: Sequence[int]) -> Twin:
+        """A new weight of that shape as it is stored, all 0."""
+        *stack, n, k = shape
+        scale = self.pre_scale
+        if scale is not None:
+            scale = torch.ones(k) if scale.numel() > 1 else torch.ones_like(scale)
+        groups = -(-k // self.group_size)
+        return replace(
+            self,
+            codes=torch.full((*stack, n, k), 8, dtype=torch.uint8),
+            scale=torch.zeros(*stack, n, groups, dtype=torch.bfloat16),
+            zero=torch.zeros(*stack, n, groups, dtype=torch.bfloat16),
+            layout=native().name,
+            pre_scale=scale,
+            read_only=False,
+        )
+
+    def pad(self, dim: int, amount: int) -> Twin:
+        axis = self.along(dim)
+        size = list(self.codes.shape)
+        where = "ENK"[-len(size) :].index(axis)
+        if amount < 0 or (amount and axis == "K" and size[-1] % self.group_size):
+            raise Refused
+        if amount == 0:
+            return self.clone()
+        size[where] = amount
+        zeros = self.zeros(size)
+        if axis != "K":
+            zeros = replace(zeros, pre_scale=self.pre_scale)
+        return cat([self, zeros], dim)
+
+
+def cat(twins: Sequence[Twin], dim: int) -> Twin:
+    first = twins[0]
+    axis = first.along(dim)
+    where = {"E": 0, "N": -2, "K": -1}[axis]
+    for i, twin in enumerate(twins):
+        shapes = [[s for d, s in enumerate(t.shape) if d != dim % len(t.shape)] for t in (first, twin)]
+        kinds = [(t.stack, t.turned, t.dtype, t.group_size) for t in (first, twin)]
+        full = twin.codes.shape[-1] % twin.group_size == 0 or i == len(twins) - 1
+        if shapes[0] != shapes[1] or kinds[0] != kinds[1] or (axis == "K" and not full):
+            raise Refused
+        if axis != "K" and not same_scale(first.pre_scale, twin.pre_scale):
+            raise Refused
+    scale = None if first.pre_scale is None else first.pre_scale.clone()
+    if axis == "K" and any(t.pre_scale is not None for t in twins):
+        scale = torch.cat(
+            [
+                (torch.ones(1) if t.pre_scale is None else t.pre_scale.reshape(-1)).expand(k_of(t))
+                for t in twins
+            ]
+        )
+    layouts = {t.layout for t in twins}
+    return replace(
+        first,
+        codes=torch.cat([t.codes for t in twins], where),
+        scale=torch.cat([t.scale for t in twins], where),
+        zero=torch.cat([t.zero for t in twins], where),
+        layout=first.layout if len(layouts) == 1 else native().name,
+        pre_scale=scale,
+        read_only=False,
+    )
+
+
+def k_of(twin: Twin) -> int:
+    return twin.codes.shape[-1]
+
+
+def same_scale(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+@dataclass
+class Pair:
+    """A packed tensor and its twin."""
+
+    packed: Any
+    twin: Twin
+    whole: bool = False  # made by `new_zeros`, to be filled
+
+
+def assert_same(pair: Pair) -> None:
+    packed, twin = pair.packed, pair.twin
+    assert type(packed) is (Int4TransposedTensor if twin.turned else Int4OpaqueTensor)
+    assert list(packed.shape) == twin.shape
+    weight = packed.back() if twin.turned else packed
+    value = weight.to_groupwise()
+    assert torch.equal(value.codes, twin.codes)
+    assert torch.equal(value.scale, twin.scale)
+    assert torch.equal(value.zero, twin.zero)
+    assert weight.qdata_layout == twin.layout
+    assert weight.group_size == twin.group_size
+    assert weight.dtype == packed.dtype == twin.dtype
+    assert weight.read_only == twin.read_only
+    assert same_scale(weight.act_pre_scale, twin.pre_scale)
+
+
+def new_pair(
+    shape: Sequence[int],
+    group_size: int,
+    layout: str,
+    dtype: torch.dtype = torch.bfloat16,
+    pre_scale: Tensor | None = None,
+    seed: int = 0,
+    turned: bool = False,
+) -> Pair:
+    """``shape`` as it is stored."""
+    value = random_value(tuple(shape), group_size, seed)
+    ours, theirs = (None if pre_scale is None else pre_scale.clone() for _ in range(2))
+    packed: Any = weight_in(layout, value, dtype, ours)
+    parts = value.codes.clone(), value.scale.clone(), value.zero.clone()
+    twin = Twin(*parts, group_size, layout, dtype, theirs, turned)
+    return Pair(packed.transpose(-2, -1) if turned else packed, twin)
+
+
+# --- the operations, as torch is asked for them and as the model is -----------------------------------
+
+
+class Sequencer:
+    """Draws operations, applies each to both sides, and compares all that there is."""
+
+    def __init__(self, data: st.DataObject, pairs: list[Pair]) -> None:
+        self.data = data
+        self.pairs = pairs
+
+    def draw(self, strategy: st.SearchStrategy[Any]) -> Any:
+        return self.data.draw(strategy)
+
+    def step(self) -> None:
+        # The latest more often, and cuts and writes more often: a write to a cut is what is to be seen.
+        pair = self.draw(st.sampled_from([*self.pairs, *self.pairs[-2:] * 3]))
+        often = (
+            ["narrow"] * 5 + ["copy_"] * 6
+            if pair.twin.read_only or len(self.pairs) > 1
+            else ["narrow"] * 5
+        )
+        name = self.draw(st.sampled_from([*OPERATIONS, *often]))
+        ours, theirs = getattr(self, name)(pair)
+        self.both(ours, theirs)
+        for other in self.pairs:
+            assert_same(other)
+
+    def both(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
+        """Keep what comes out; if the model refuses, ours must raise one of the errors for users."""
+        try:
+            expected = theirs()
+        except Refused:
+            with pytest.raises((ValueError, TypeError, IndexError)):
+                ours()
+            return
+        results = ours()
+        if expected is None:
+            return
+        single = isinstance(expected, Twin)
+        for packed, twin in zip([results] if single else results, [expected] if single else expected):
+            pair = Pair(packed, twin)
+            assert_same(pair)
+            self.pairs.append(pair)
+        assert single or len(results) == len(expected)
+
+    def border(self, twin: Twin, dim: int) -> int:
+        """A place to cut, often a legal one."""
+        total = twin.shape[dim]
+        step = {"E": 1, "N": self.draw(st.sampled_from([1, 16, 32, 64])), "K": twin.group_size}[
+            twin.along(dim)
+        ]
+        step = self.draw(st.sampled_from([step, step, step, 1]))
+        return min(total, int(step) * int(self.draw(st.integers(0, -(-total // step)))))
+
+    def a_dim(self, twin: Twin) -> int:
+        return int(self.draw(st.integers(0, len(twin.shape) - 1)))
+
+    def narrow(self, pair: Pair) -> Any:
+        dim = self.a_dim(pair.twin)
+        start, stop = sorted(self.border(pair.twin, dim) for _ in range(2))
+        if start == stop != pair.twin.shape[dim]:  # else too many empty ones
+            stop = pair.twin.shape[dim]
+        spelled = self.draw(st.booleans())
+
+        def ours() -> Any:
+            if spelled:
+                return pair.packed[(slice(None),) * dim + (slice(start, stop),)]
+            return pair.packed.narrow(dim - pair.packed.ndim, start, stop - start)
+
+        if spelled and (start, stop) == (0, pair.twin.shape[dim]):
+            return (lambda: pair.packed.detach()), pair.twin.detach
+        return ours, lambda: pair.twin.narrow(dim, start, stop - start)
+
+    def split(self, pair: Pair) -> Any:
+        dim = self.a_dim(pair.twin)
+        borders = sorted({0, pair.twin.shape[dim], *(self.border(pair.twin, dim) for _ in range(2))})
+        sizes = [b - a for a, b in itertools.pairwise(borders)]
+        return (lambda: pair.packed.split(sizes, dim)), lambda: pair.twin.split(sizes, dim)
+
+    def chunk(self, pair: Pair) -> Any:
+        dim, count = self.a_dim(pair.twin), self.draw(st.integers(1, 4))
+        return (lambda: pair.packed.chunk(count, dim)), lambda: pair.twin.chunk(count, dim)
+
+    def select(self, pair: Pair) -> Any:
+        index = self.draw(st.integers(-pair.twin.shape[0], pair.twin.shape[0] - 1))
+        return (lambda: pair.packed[index]), lambda: pair.twin.select(0, index)
+
+    def unbind(self, pair: Pair) -> Any:
+        return (lambda: list(pair.packed.unbind())), pair.twin.unbind
+
+    def index(self, pair: Pair) -> Any:
+        total = pair.twin.shape[0]
+        chosen = self.draw(st.lists(st.integers(-total, total - 1), min_size=1, max_size=5))
+        spelling = self.draw(st.sampled_from(["index", "select", "mask"]))
+        index = torch.tensor(chosen)
+        if spelling == "mask":
+            mask = torch.zeros(total, dtype=torch.bool)
+            mask[index] = True
+            return (lambda: pair.packed[mask]), lambda: pair.twin.take(mask.nonzero().flatten())
+        if spelling == "select":
+            index = index % total
+            return (lambda: pair.packed.index_select(0, index)), lambda: pair.twin.take(index)
+        return (lambda: pair.packed[index]), lambda: pair.twin.take(index)
+
+    def transpose(self, pair: Pair) -> Any:
+        dims = len(pair.twin.shape)
+        order = (*range(dims - 2), dims - 1, dims - 2)
+        spellings: list[Callable[[Any], Any]] = [
+            lambda t: t.transpose(-1, -2),
+            lambda t: t.mT,
+            lambda t: t.permute(order),
+        ]
+        if dims == 2:
+            spellings += [lambda t: t.t(), lambda t: t.T]
+        spelled = self.draw(st.sampled_from(spellings))
+        return (lambda: spelled(pair.packed)), pair.twin.transpose
+
+    def unsqueeze(self, pair: Pair) -> Any:
+        return (lambda: pair.packed.unsqueeze(0)), pair.twin.unsqueeze
+
+    def squeeze(self, pair: Pair) -> Any:
+        def theirs() -> Twin:
+            if not pair.twin.stack and pair.twin.shape[0] == 1:
+                raise Refused
+            return pair.twin.squeeze()
+
+        return (lambda: pair.packed.squeeze(0)), theirs
+
+    def expand(self, pair: Pair) -> Any:
+        count = self.draw(st.integers(1, 3))
+        return (lambda: pair.packed.expand(count, -1, -1)), lambda: pair.twin.expand(count)
+
+    def view(self, pair: Pair) -> Any:
+        shape = list(pair.twin.shape)
+        if len(shape) == 2 and self.draw(st.booleans()):
+            return (lambda: pair.packed.view(1, -1, shape[1])), pair.twin.unsqueeze
+        if shape[0] == 1 and len(shape) == 3 and self.draw(st.booleans()):
+            return (lambda: pair.packed.reshape(shape[1:])), pair.twin.squeeze
+        return (lambda: pair.packed.view(shape)), pair.twin.detach
+
+    def detach(self, pair: Pair) -> Any:
+        return pair.packed.detach, pair.twin.detach
+
+    def clone(self, pair: Pair) -> Any:
+        return pair.packed.clone, pair.twin.clone
+
+    def to(self, pair: Pair) -> Any:
+        dtype = self.draw(st.sampled_from([torch.bfloat16, torch.float32]))
+        return (lambda: pair.packed.to(dtype)), lambda: pair.twin.to(dtype)
+
+    def pad(self, pair: Pair) -> Any:
+        dim, amount = self.a_dim(pair.twin), self.draw(st.integers(0, 40))
+        padding = [0, 0] * (len(pair.twin.shape) - 1 - dim) + [0, amount]
+        return (lambda: F.pad(pair.packed, padding)), lambda: pair.twin.pad(dim, amount)
+
+    def cat(self, pair: Pair) -> Any:
+        dim = self.a_dim(pair.twin)
+        others = [p for p in self.pairs if len(p.twin.shape) == len(pair.twin.shape)]
+        chosen = [
+            pair,
+            *(self.draw(st.sampled_from(others)) for _ in range(self.draw(st.integers(0, 2)))),
+        ]
+        order = self.draw(st.permutations(chosen))
+        return (
+            lambda: torch.cat([p.packed for p in order], dim),
+            lambda: cat([p.twin for p in order], dim),
+        )
+
+    def stack(self, pair: Pair) -> Any:
+        chosen = [pair, self.draw(st.sampled_from(self.pairs))]
+        return (
+            lambda: torch.stack([p.packed for p in chosen]),
+            lambda: cat([p.twin.unsqueeze() for p in chosen], 0),
+        )
+
+    def copy_(self, pair: Pair) -> Any:
+        """Into whatever it is: a whole weight, a view, a view of a view, a repacked copy."""
+        twin = pair.twin
+        seed = self.draw(st.integers(0, 1000))
+        scale = twin.pre_scale
+        source = new_pair(
+            twin.codes.shape,
+            twin.group_size,
+            self.draw(st.sampled_from(ALL_LAYOUTS)),
+            pre_scale=None if scale is None else torch.rand(scale.shape) + 0.5,
+            seed=seed,
+            turned=twin.turned,
+        )
+        return (lambda: pair.packed.copy_(source.packed)), lambda: twin.copy_(source.twin)
+
+    def copy_other(self, pair: Pair) -> Any:
+        source = self.draw(st.sampled_from(self.pairs))
+        packed, twin = source.packed.clone(), source.twin.clone()
+        return (lambda: pair.packed.copy_(packed)), lambda: pair.twin.copy_(twin)
+
+
+OPERATIONS = [
+    name
+    for name in vars(Sequencer)
+    if not name.startswith("__") and name not in ("draw", "step", "both", "border", "a_dim")
+]
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 150), st.integers(1, 130)),
+    st.tuples(
+        st.integers(1, 3), st.sampled_from([16, 40, 64, 100, 128]), st.sampled_from([32, 70, 128])
+    ),
+)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> Pair:
+    shape = draw(SHAPES)
+    scale = draw(st.sampled_from(["none", "none", "one", "vector"]))
+    vector = torch.rand(shape[-1]) + 0.5
+    return new_pair(
+        shape,
+        draw(st.sampled_from([32, 64])),
+        draw(st.sampled_from(ALL_LAYOUTS)),
+        pre_scale={"none": None, "one": torch.rand(1), "vector": vector}[scale],
+        seed=draw(st.integers(0, 1000)),
+        turned=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=400)
+@given(first=pairs(), data=st.data())
+def test_any_sequence_of_operations(first: Pair, data: st.DataObject) -> None:
+    sequencer = Sequencer(data, [first])
+    for _ in range(data.draw(st.integers(3, 9))):
+        sequencer.step()
+        sequencer.pairs = sequencer.pairs[-12:]
+
+
+@settings(max_examples=150)
+@given(first=pairs(), data=st.data())
+def test_a_new_weight_is_filled_cut_by_cut(first: Pair, data: st.DataObject) -> None:
+    """As sharding code does with ``new_zeros``: on block borders or not, through views of cuts or not.
+
+    Here every cut is a view, as torch's are, so the model need not know of layouts.
+    """
+    stored = data.draw(SHAPES)
+    twin = first.twin.zeros(stored)
+    shape = twin.shape
+    packed: Any = first.packed.new_zeros(shape)
+    whole = Pair(packed, twin)
+    assert_same(whole)
+    sequencer = Sequencer(data, [whole])
+    for _ in range(data.draw(st.integers(1, 4))):
+        cut, view = whole.packed, whole.twin
+        for _ in range(data.draw(st.integers(1, 3))):
+            cut, view = one_cut(sequencer, cut, view)
+        ours, theirs = sequencer.copy_(Pair(cut, view))
+        theirs()
+        ours()
+        assert_same(whole)
+        assert_same(Pair(cut, replace(view, read_only=False)))
+
+
+def one_cut(sequencer: Sequencer, packed: Any, twin: Twin) -> tuple[Any, Twin]:
+    """A cut or another view, and the same as a view of the model whatever the layout is."""
+    kind = sequencer.draw(
+        st.sampled_from(["narrow", "select", "unsqueeze", "transpose", "detach", "squeeze"])
+    )
+    if kind == "select" and twin.stack:
+        return packed[0], twin.select(0, 0)
+    if kind == "unsqueeze" and not twin.stack:
+        return packed.unsqueeze(0), twin.unsqueeze()
+    if kind == "squeeze" and twin.stack and twin.shape[0] == 1:
+        return packed.squeeze(0), twin.squeeze()
+    if kind == "transpose":
+        return packed.transpose(-2, -1), twin.transpose()
+    if kind == "detach":
+        return packed.detach(), twin.detach()
+    dim = sequencer.a_dim(twin)
+    start, stop = sorted(sequencer.border(twin, dim) for _ in range(2))
+    size, k = twin.group_size, k_of(twin)
+    axis = twin.along(dim)
+    if axis == "K":
+        start, stop = (b if b % size == 0 or b == k else b // size * size for b in (start, stop))
+    if start == stop:
+        start, stop = 0, twin.shape[dim]
+    ours = packed.narrow(dim, start, stop - start)
+    if axis == "E":
+        return ours, twin.parts(lambda part: part[start:stop])
+    if axis == "N":
+        return ours, twin.parts(lambda part: part[..., start:stop, :])
+    groups, scale = slice(start // size, -(-stop // size)), twin.pre_scale
+    return ours, replace(
+        twin,
+        codes=twin.codes[..., start:stop],
+        scale=twin.scale[..., groups],
+        zero=twin.zero[..., groups],
+        pre_scale=scale[start:stop] if scale is not None and scale.numel() > 1 else scale,
+    )
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize("shape", [(20, 160), (2, 20, 150)], ids=str)
+def test_every_cut_along_k(layout: str, shape: tuple[int, ...]) -> None:
+    """At borders of groups and at the end; anywhere else the nearest legal ones are named."""
+    pair, k, size = new_pair(shape, 64, layout), shape[-1], 64
+    for border in range(1, k):
+        for start, length in ((0, border), (border, k - border)):
+            if border % size == 0:
+                cut = Pair(pair.packed.narrow(-1, start, length), pair.twin.narrow(-1, start, length))
+                assert_same(cut)
+                continue
+            below = border // size * size
+            nearest = [b for b in (below, below + size) if 0 < b < k]
+            with pytest.raises(
+                ValueError, match=f"at {border}; .*nearest: {' or '.join(map(str, nearest))}"
+            ):
+                pair.packed.narrow(-1, start, length)
+
+
+SHARE_NOTHING: dict[str, Callable[[Any], Any]] = {
+    "index": lambda t: t[torch.tensor([0, 1])],
+    "index_select": lambda t: t.index_select(0, torch.tensor([1])),
+    "cat": lambda t: torch.cat([t, t]),
+    "cat along K": lambda t: torch.cat([t, t], -1),
+    "stack": lambda t: torch.stack([t, t]) if t.ndim == 2 else torch.cat([t]),
+    "pad": lambda t: F.pad(t, (0, 0, 0, 16)),
+    "clone": lambda t: t.clone(),
+    "to": lambda t: t.to(torch.float32),
+    "new_zeros": lambda t: t.new_zeros(t.shape),
+    "columns": lambda t: t[..., 32:].clone(),
+}
+
+
+@pytest.mark.parametrize("name", list(SHARE_NOTHING))
+@pytest.mark.parametrize("shape", [(128, 64), (2, 64, 64)], ids=str)
+@pytest.mark.parametrize("scale", [torch.rand(1) + 0.5, torch.rand(64) + 0.5], ids=["one", "vector"])
+def test_what_is_written_to_a_copy_stays_there(
+    name: str, shape: tuple[int, ...], scale: Tensor
+) -> None:
+    """``act_pre_scale`` included."""
+    pair = new_pair(shape, 32, native().name, pre_scale=scale)
+    made = SHARE_NOTHING[name](pair.packed)
+    source = new_pair(made.shape, 32, native().name, pre_scale=made.act_pre_scale * 2, seed=1)
+    made.copy_(source.packed)
+    assert_same(Pair(made, replace(source.twin, dtype=made.dtype)))
+    assert_same(pair)
+
+
+@pytest.mark.filterwarnings("ignore:a 4-bit weight is packed for")
+def test_columns_with_and_without_a_scale() -> None:
+    """Each brings its own; one without brings ones."""
+    scales = [None, torch.rand(1) + 0.5, torch.rand(64) + 0.5]
+    made = [
+        new_pair((20, 64), 32, layout, pre_scale=s, seed=i)
+        for i, (s, layout) in enumerate(zip(scales, ALL_LAYOUTS))
+    ]
+    for first, second in itertools.product(made, repeat=2):
+        joined = torch.cat([first.packed, second.packed], 1)
+        assert_same(Pair(joined, cat([first.twin, second.twin], 1)))
+        x = torch.randn(3, 128)
+        parts = F.linear(x[:, :64], first.packed), F.linear(x[:, 64:], second.packed)
+        torch.testing.assert_close(F.linear(x, joined), sum(parts), rtol=2.0**-5, atol=0.05)

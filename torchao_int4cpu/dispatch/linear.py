@@ -1,0 +1,123 @@
+"""`torch.nn.functional.linear` with a 4-bit weight: in eager calls, traces and exported programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.dispatch.table import Args, Kwargs, implements
+from torchao_int4cpu.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.kernels import int4_mm, traceable_int4_mm
+from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor
+
+aten = torch.ops.aten
+
+
+@implements([aten.linear.default])
+def handle_linear(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``input [..., K] · weightᵀ + bias [N]``, see `linear`."""
+    return linear(*args, **kwargs)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` with a 4-bit weight.
+
+    Args:
+        input: ``[..., K]``, bfloat16, float16 or float32 whatever the dtype of the weight is.
+        weight: ``[N, K]``.
+        bias: ``[N]``, any floating dtype.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``input`` (under autocast: in that of autocast). The product is
+        rounded to that dtype before the bias is added.
+
+    Raises:
+        TypeError: ``weight`` is no 4-bit weight, or ``input`` has another dtype.
+        ValueError: shapes or devices do not match.
+    """
+    if not isinstance(weight, Int4OpaqueTensor):
+        return _linear_of_view(input, weight, bias)
+    input = _cast_by_autocast(input)
+    packed = weight.packed()
+    shape = input.shape
+    grad = torch.is_grad_enabled()
+    if not (
+        input.dtype in FLOAT_DTYPES
+        and shape
+        and shape[-1] == packed.k
+        and input.device == packed.qdata.device
+    ):
+        raise _misfit(input, weight)
+
+    activation = input
+    if weight.act_pre_scale is not None:
+        activation = activation * weight.act_pre_scale.reshape(-1)  # may widen it: rounded once, later
+    if len(shape) != 2:
+        activation = activation.reshape(-1, packed.k)
+    if (
+        type(activation) is Tensor
+        and activation.is_cpu
+        and not (grad and activation.requires_grad)
+        and not torch.compiler.is_compiling()
+    ):
+        y = int4_mm(activation, packed)  # a plain eager call needs no op
+    else:
+        y = traceable_int4_mm(activation, packed)
+    if activation is not input:
+        y = y.to(input.dtype)
+    if bias is not None:
+        y = y.add_(bias)  # y is ours alone, so no second [M, N] is needed
+    return y if len(shape) == 2 else y.reshape(*shape[:-1], packed.n)
+
+
+def _linear_of_view(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``input · view + bias`` for the transposed view of a weight: a view of a view is the weight."""
+    if not isinstance(weight, Int4TransposedTensor):
+        raise TypeError(
+            "linear got a 4-bit tensor that is not its weight; "
+            "only the weight can be one, so call .dequantize() on the other"
+        )
+    y = torch.matmul(_cast_by_autocast(input), weight.back())
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _cast_by_autocast(input: Tensor) -> Tensor:
+    return input.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else input
+
+
+_library = torch.library.Library("torchao_int4cpu", "FRAGMENT")
+_library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", linear, "CompositeImplicitAutograd")
+
+
+def exported_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` as one op on the 4-bit weight, which `torch.export` keeps whole in its graph.
+
+    A graph on the parts of the weight would name their layout, but the weights of a saved program are
+    repacked for the process that loads them. ``run_decompositions`` and AOTInductor take the op apart,
+    and make the parts plain tensors that nobody repacks.
+    """
+    y: Tensor = torch.ops.torchao_int4cpu.linear.default(_cast_by_autocast(input), weight, bias)
+    return y
+
+
+def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
+    """Say which condition of `linear` does not hold."""
+    k = weight.shape[-1]
+    if input.dtype not in FLOAT_DTYPES:
+        return TypeError(
+            f"linear got a {input.dtype} activation; convert it to bfloat16, float16 or float32"
+        )
+    if input.ndim == 0 or input.shape[-1] != k:
+        return ValueError(
+            f"linear got an activation of shape {list(input.shape)} for a 4-bit weight of shape "
+            f"{list(weight.shape)}; the last dimension must be K={k}"
+        )
+    return ValueError(
+        f"linear got an activation on {input.device} and a 4-bit weight on {weight.device}; "
+        "both must be on 'cpu', so move the activation with .to('cpu')"
+    )

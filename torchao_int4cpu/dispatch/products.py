@@ -1,0 +1,268 @@
+"""Handlers of the products other than `linear`: mm, addmm, mv, bmm, baddbmm, matmul, grouped_mm.
+
+A 4-bit weight ``W`` ``[N, K]`` may stand on either side, as it is or transposed. With ``act_pre_scale``
+``s`` the matrix that multiplies is ``W · diag(s)``, as in `linear`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.dispatch.table import (
+    Args,
+    Kwargs,
+    Weight,
+    implements,
+    implements_function,
+    implements_named,
+)
+from torchao_int4cpu.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.kernels import (
+    traceable_bmm,
+    traceable_bmm_transposed,
+    traceable_grouped_mm,
+    traceable_grouped_mm_transposed,
+    traceable_int4_mm,
+    traceable_int4_mm_transposed,
+)
+from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor
+
+aten = torch.ops.aten
+
+
+@implements([aten.mm.default])
+def handle_mm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``mm`` with a 4-bit weight on one side; the result has the dtype of the other."""
+    return _product("mm", args[0], args[1], ndim=2)
+
+
+@implements([aten.mv.default])
+def handle_mv(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``weight @ vector``."""
+    return _product("mv", args[0], args[1].unsqueeze(-1), ndim=2).squeeze(-1)
+
+
+@implements([aten.addmm.default])
+def handle_addmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``beta * bias + alpha * (a @ b)``; the product is rounded before the bias is added."""
+    return _plus("addmm", args[0], _product("addmm", args[1], args[2], ndim=2), **kwargs)
+
+
+@implements([aten.bmm.default])
+def handle_bmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``bmm`` with a stack of 4-bit weights on one side."""
+    return _product("bmm", args[0], args[1], ndim=3)
+
+
+@implements([aten.baddbmm.default])
+def handle_baddbmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``beta * bias + alpha * bmm(a, b)``."""
+    return _plus("baddbmm", args[0], _product("baddbmm", args[1], args[2], ndim=3), **kwargs)
+
+
+@implements_function([torch.matmul, Tensor.matmul])
+@implements([aten.matmul.default])
+def handle_matmul(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``matmul`` of any number of dimensions. Torch's own would flatten a stack, which no view can."""
+    if kwargs or len(args) != 2:  # out=, or by keyword: torch takes it apart, as far as that goes
+        result: Tensor = func(*args, **kwargs)
+        return result
+    return _matmul(*args)
+
+
+@implements_function([Tensor.__matmul__, Tensor.__rmatmul__])
+def handle_matmul_operator(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """``a @ b``: as `handle_matmul`, but Python hides what a TypeError of an operator says."""
+    a, b = args if func is Tensor.__matmul__ else args[::-1]
+    try:
+        return _matmul(a, b)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(b, Weight):
+        return _rows_times("matmul", a, b)
+    if b.ndim == 1:
+        return _rows_times("matmul", b, a.transpose(-2, -1))
+    if b.ndim == 2 and a.ndim == 2:
+        return torch.mm(a, b)
+    return (
+        _rows_times("matmul", b.transpose(-2, -1), a.transpose(-2, -1)).transpose(-2, -1).contiguous()
+    )
+
+
+def _rows_times(name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """x ``[..., M, K]`` or ``[K]`` times ``[K, N]`` or ``[E, K, N]``, as `torch.matmul` broadcasts."""
+    if isinstance(x, Weight) or x.ndim == 0 or x.shape[-1] != weight.shape[-2]:
+        return _product(name, x, weight, weight.ndim)  # which says what is wrong
+    if x.ndim == 1:
+        return _rows_times(name, x.unsqueeze(0), weight).squeeze(-2)
+    rows, (k, n) = x.shape[-2], weight.shape[-2:]
+    experts = weight.shape[0] if weight.ndim == 3 else 1
+    if weight.ndim == 3 and experts == 1:
+        y = _rows_times(name, x, weight.select(0, 0))
+        return y if x.ndim > 2 else y.unsqueeze(0)
+    if weight.ndim == 2:
+        y = torch.mm(x if x.ndim == 2 else x.reshape(-1, k), weight)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+    batch = (*x.shape[:-3], experts)
+    if x.ndim > 2 and x.shape[-3] not in (1, experts):
+        return _product(name, x, weight, 3)
+    of_each = x.expand(*batch, rows, k).movedim(-3, 0)
+    y = torch.bmm(of_each.reshape(experts, math.prod(batch[:-1]) * rows, k), weight)
+    return y.view(experts, *batch[:-1], rows, n).movedim(0, -3).contiguous()
+
+
+@implements([aten._grouped_mm.default])
+def handle_grouped_mm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+    """`torch.nn.functional.grouped_mm`: rows of x in groups, each times an expert of its own."""
+
+    def call(
+        x: Tensor,
+        experts: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if bias is not None:
+            raise ValueError(
+                "grouped_mm got a bias, which torch does not add either; add it afterwards"
+            )
+        if offs is None:
+            y = _product("grouped_mm", x, experts, ndim=3)
+        else:
+            y = grouped_product(x, experts, offs)
+        return y if out_dtype is None else y.to(out_dtype)
+
+    return call(*args, **kwargs)
+
+
+@implements_named("transformers::grouped_mm_fallback")
+def handle_grouped_mm_fallback(
+    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+) -> Tensor:
+    """The grouped product of transformers 5, which it calls where it will not call torch's."""
+    return grouped_product(*args, **kwargs)
+
+
+@implements_named("transformers::grouped_mm_fallback_backward")
+def handle_grouped_mm_fallback_backward(
+    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+) -> tuple[Tensor, Tensor]:
+    """Its gradient: for x; the weight is frozen, and what stands for its gradient is never read."""
+    x, experts, offs, grad = args
+    grad_x = grouped_product(grad, experts.transpose(-2, -1), offs)
+    return grad_x.to(x.dtype), grad.new_empty(0)
+
+
+def grouped_product(x: Tensor, experts: Tensor, offs: Tensor) -> Tensor:
+    """Rows ``offs[e - 1]:offs[e]`` of x times expert e: ``[S, K] · [E, K, N]`` gives ``[S, N]``."""
+    if not isinstance(experts, Weight):
+        raise TypeError(
+            "grouped_mm got a 4-bit tensor as its first argument; only the experts can be 4-bit, "
+            "so call .dequantize() on the other"
+        )
+    weight = experts.back() if isinstance(experts, Int4TransposedTensor) else experts
+    if x.ndim != 2 or experts.ndim != 3 or x.shape[1] != experts.shape[1]:
+        raise ValueError(
+            f"grouped_mm got x of shape {list(x.shape)} and 4-bit experts of shape "
+            f"{list(experts.shape)}; they must be [S, K] and [E, K, N], so transpose(-2, -1) the "
+            "experts if they are [E, N, K]"
+        )
+    _check_operand("grouped_mm", x, weight)
+    if isinstance(experts, Int4TransposedTensor):
+        y = traceable_grouped_mm(_scaled(x, weight), weight.packed_experts(), offs)
+        return y.to(x.dtype)
+    return _scaled_to(
+        traceable_grouped_mm_transposed(x, weight.packed_experts(), offs), weight, x.dtype
+    )
+
+
+def _product(name: str, a: Tensor, b: Tensor, ndim: int) -> Tensor:
+    """``a @ b`` where one is a 4-bit weight, or a stack for 3 dimensions."""
+    if isinstance(a, Weight) and isinstance(b, Weight):
+        raise TypeError(
+            f"{name} got two 4-bit weights; one side must be a plain tensor, "
+            "so call .dequantize() on it"
+        )
+    if a.ndim != ndim or b.ndim != ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            f"{name} got shapes {list(a.shape)} and {list(b.shape)}; they must be "
+            + ("[M, K] and [K, N]" if ndim == 2 else "[E, M, K] and [E, K, N]")
+            + ", so check which way the 4-bit weight is turned"
+        )
+    if isinstance(b, Weight):
+        return _times(name, a, b)
+    if not isinstance(a, Weight):
+        raise TypeError(
+            f"{name} got a 4-bit tensor that is not a side of its product; "
+            "only one of the sides can be one, so call .dequantize() on the other"
+        )
+    # W · x is (xᵀ · Wᵀ)ᵀ, so that the codes are on the side where the kernels have them.
+    weight: Any = a.transpose(-2, -1)
+    y = _times(name, b.transpose(-2, -1), weight)
+    return y.transpose(-2, -1).contiguous()  # as torch gives it: callers take a view of it
+
+
+def _times(name: str, x: Tensor, weight: Weight) -> Tensor:
+    """``x @ weight``, whichever way that is turned."""
+    if isinstance(weight, Int4TransposedTensor):
+        packed = weight.back()
+        _check_operand(name, x, packed)
+        scaled = _scaled(x, packed)
+        if x.ndim == 2:
+            return traceable_int4_mm(scaled, packed.packed()).to(x.dtype)
+        return traceable_bmm(scaled, packed.packed_experts()).to(x.dtype)
+    _check_operand(name, x, weight)
+    if x.ndim == 2:
+        return _scaled_to(traceable_int4_mm_transposed(x, weight.packed()), weight, x.dtype)
+    return _scaled_to(traceable_bmm_transposed(x, weight.packed_experts()), weight, x.dtype)
+
+
+def _plus(name: str, bias: Tensor, product: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(bias, Weight):
+        raise TypeError(
+            f"{name} got a 4-bit tensor to add to the product; only one of the sides of the product "
+            "can be one, so call .dequantize() on the other"
+        )
+    lengths = list(zip(bias.shape[::-1], product.shape[::-1]))
+    if bias.ndim > product.ndim or any(a not in (1, b) for a, b in lengths):
+        raise ValueError(
+            f"{name} got a bias of shape {list(bias.shape)} for a product of shape "
+            f"{list(product.shape)}; it must be one that broadcasts to that, so check its shape"
+        )
+    if alpha != 1:
+        product = product * alpha
+    if beta == 0:  # then torch ignores even a NaN in the bias
+        return product
+    return torch.add(product, bias, alpha=beta).to(product.dtype)
+
+
+def _scaled(x: Tensor, weight: Int4OpaqueTensor) -> Tensor:
+    """``x · diag(s)``, perhaps in a wider dtype: what is computed of it is rounded once, later."""
+    scale = weight.act_pre_scale
+    return x if scale is None else x * scale.reshape(-1)
+
+
+def _scaled_to(y: Tensor, weight: Int4OpaqueTensor, dtype: torch.dtype) -> Tensor:
+    return _scaled(y, weight).to(dtype)
+
+
+def _check_operand(name: str, x: Tensor, weight: Int4OpaqueTensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} got a {x.dtype} tensor beside a 4-bit weight; "
+            "convert it to bfloat16, float16 or float32"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name} got a tensor on {x.device} and a 4-bit weight on {weight.device}; both must be on "
+            "'cpu', so move the tensor with .to('cpu')"
+        )

@@ -1,0 +1,229 @@
+"""Cutting and joining packed bytes: whatever is done to ``qdata`` equals doing it to the codes.
+
+Along K every column of a block is a run of bytes of its own, so columns are moved as bytes. Along N
+whole blocks are moved as bytes, too (a cut between two blocks is a view); a cut inside a block shuffles
+nibbles, a few columns at a time, so that no more than `SHUFFLE_CODES` codes are ever unpacked.
+
+Everything here is uint8 ``[N', K'/2]`` in one of the layouts of `layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchao_int4cpu.groupwise import CODE_OFFSET
+from torchao_int4cpu.layout import (
+    ROW_MULTIPLE,
+    NibbleLayout,
+    layout_named,
+    pack,
+    segments,
+    unpack,
+)
+
+#: Codes that are unpacked at a time, one byte each, while rows are shuffled.
+SHUFFLE_CODES = 1 << 21
+
+
+class Rows(NamedTuple):
+    """Rows ``start:stop`` of a packed weight, and which of them: all in order, or those of ``chosen``.
+
+    Attributes:
+        qdata: uint8 ``[N', K'/2]`` in the order of ``layout``.
+        layout: of ``qdata``.
+        n: N, the rows of ``qdata`` that are no padding.
+        start, stop: ``0 <= start < stop <= N``.
+        chosen: int64 ``[R]``, rows counted from ``start``, or from ``stop`` if negative; None for all.
+    """
+
+    qdata: Tensor
+    layout: NibbleLayout
+    n: int
+    start: int
+    stop: int
+    chosen: Tensor | None = None
+
+    @property
+    def height(self) -> int:
+        """How many rows these are."""
+        return self.stop - self.start if self.chosen is None else len(self.chosen)
+
+
+def at_border(row: int, n: int, layout: NibbleLayout) -> bool:
+    """Whether a weight of ``n`` rows can be cut before ``row`` without touching a byte."""
+    return row % layout.rows_per_block == 0 or row == n
+
+
+def join_rows(pieces: Sequence[Rows], layout: NibbleLayout) -> Tensor:
+    """Put rows below each other: uint8 ``[N', K'/2]`` in the order of ``layout``, a copy.
+
+    The rows that pad N to N' hold code 8.
+    """
+    if _whole_blocks(pieces, layout):
+        rows = [piece.qdata[piece.start : _padded(piece.stop)] for piece in pieces]
+        return torch.cat(rows) if len(rows) > 1 else rows[0].clone()
+    n, columns = sum(piece.height for piece in pieces), pieces[0].qdata.shape[1] * 2
+    out = torch.empty(_padded(n), columns // 2, dtype=torch.uint8, device=pieces[0].qdata.device)
+    around = [_blocks_around(p.start, p.stop, p.qdata.shape[0], p.layout) for p in pieces]
+    tallest = max(len(out), *(last - first for first, last in around))
+    for some in _column_chunks(columns, tallest):
+        codes = torch.cat([_codes(piece, some) for piece in pieces])
+        if len(codes) < len(out):
+            codes = F.pad(codes, (0, 0, 0, len(out) - len(codes)), value=CODE_OFFSET)
+        write_columns(out, layout, some, pack(codes, layout))
+    return out
+
+
+def write_rows(target: Tensor, layout: NibbleLayout, start: int, stop: int, source: Tensor) -> None:
+    """Replace rows ``start:stop`` of ``target`` by the first rows of ``source``, both in ``layout``."""
+    first, last = _blocks_around(start, stop, target.shape[0], layout)
+    blocks = target[first:last]
+    inserted = Rows(source, layout, stop - start, 0, stop - start)
+    for some in _column_chunks(target.shape[1] * 2, last - first):
+        codes = unpack(cut_columns(blocks, layout, some), layout)
+        codes[start - first : stop - first] = _codes(inserted, some)
+        write_columns(blocks, layout, some, pack(codes, layout))
+
+
+def cut_columns(qdata: Tensor, layout: NibbleLayout, columns: slice) -> Tensor:
+    """Copy columns of the codes (borders even): uint8 ``[N', (stop - start) / 2]``."""
+    out = qdata.new_empty(qdata.shape[0], (columns.stop - columns.start) // 2)
+    for segment in segments(qdata.shape[0], layout):
+        segment.byte_view(out).copy_(segment.byte_view(qdata)[:, columns])
+    return out
+
+
+def write_columns(target: Tensor, layout: NibbleLayout, columns: slice, source: Tensor) -> None:
+    """Replace columns (borders even) of ``target`` by ``source``, both in ``layout``."""
+    for segment in segments(target.shape[0], layout):
+        segment.byte_view(target)[:, columns].copy_(segment.byte_view(source))
+
+
+def join_columns(parts: Sequence[Tensor], layout: NibbleLayout) -> Tensor:
+    """Put columns beside each other: a copy, all in ``layout`` and with the same rows."""
+    widths = [part.shape[1] * 2 for part in parts]
+    out = parts[0].new_empty(parts[0].shape[0], sum(widths) // 2)
+    start = 0
+    for part, width in zip(parts, widths):
+        write_columns(out, layout, slice(start, start + width), part)
+        start += width
+    return out
+
+
+def _codes(piece: Rows, columns: slice) -> Tensor:
+    """The codes of some columns, uint8 ``[rows, columns]``; only blocks they lie in are unpacked."""
+    first, last = _blocks_around(piece.start, piece.stop, piece.qdata.shape[0], piece.layout)
+    blocks = cut_columns(piece.qdata[first:last], piece.layout, columns)
+    codes = unpack(blocks, piece.layout)[piece.start - first : piece.stop - first]
+    return codes if piece.chosen is None else codes[piece.chosen]
+
+
+def check_index(index: Tensor, count: int) -> None:
+    """Check that each of ``index`` is one of ``count`` rows, counted from the first or the last.
+
+    Raises:
+        IndexError: it is not.
+    """
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < -count or high >= count:
+        raise IndexError(
+            f"index {low if low < -count else high} is out of range; the first dimension of the 4-bit "
+            f"weight has {count}, so choose {-count} to {count - 1}"
+        )
+
+
+def _blocks_around(start: int, stop: int, padded_n: int, layout: NibbleLayout) -> tuple[int, int]:
+    """The rows of the blocks that hold rows ``start:stop``."""
+    block = layout.rows_per_block
+    return start // block * block, min(padded_n, -(-stop // block) * block)
+
+
+def _whole_blocks(pieces: Sequence[Rows], layout: NibbleLayout) -> bool:
+    """Whether the rows are whole blocks in that layout, with a short block at most at the very end."""
+    return all(
+        piece.layout == layout
+        and piece.chosen is None
+        and piece.start % layout.rows_per_block == 0
+        and (
+            piece.stop % layout.rows_per_block == 0 or (i == len(pieces) - 1 and piece.stop == piece.n)
+        )
+        for i, piece in enumerate(pieces)
+    )
+
+
+def _column_chunks(columns: int, rows: int) -> Iterator[slice]:
+    step = max(2, SHUFFLE_CODES // rows // 2 * 2)
+    for start in range(0, columns, step):
+        yield slice(start, min(columns, start + step))
+
+
+def _padded(n: int) -> int:
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+# --- as an op, so that torch.compile traces one node and not every chunk -----------------------------
+
+_library = torch.library.Library("torchao_int4cpu", "FRAGMENT")
+_library.define(
+    "join_rows(Tensor[] qdata, str[] layouts, int[] rows, Tensor?[] index, str layout) -> Tensor"
+)
+
+
+def _join_rows_op(
+    qdata: list[Tensor], layouts: list[str], rows: list[int], index: list[Tensor | None], layout: str
+) -> Tensor:
+    pieces = [
+        Rows(part, layout_named(name), rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], chosen)
+        for i, (part, name, chosen) in enumerate(zip(qdata, layouts, index))
+    ]
+    for piece in pieces:
+        part = piece.qdata
+        fits = part.dtype == torch.uint8 and part.ndim == 2 and part.is_contiguous()
+        if (
+            not fits
+            or part.shape[0] % ROW_MULTIPLE
+            or part.shape[1] != qdata[0].shape[1]
+            or not 0 <= piece.start < piece.stop <= piece.n <= part.shape[0]
+        ):
+            raise ValueError(
+                f"join_rows got {part.dtype} {list(part.shape)} and rows {piece.start}:{piece.stop} "
+                f"of {piece.n}; it takes contiguous uint8 [N', K'/2] of one K' and rows within, so "
+                "take the parts from an Int4OpaqueTensor"
+            )
+        if piece.chosen is not None:
+            check_index(piece.chosen, piece.stop - piece.start)
+    return join_rows(pieces, layout_named(layout))
+
+
+def _join_rows_fake(
+    qdata: list[Tensor], layouts: list[str], rows: list[int], index: list[Tensor | None], layout: str
+) -> Tensor:
+    n = sum(
+        rows[3 * i + 2] - rows[3 * i + 1] if chosen is None else chosen.shape[0]
+        for i, chosen in enumerate(index)
+    )
+    return qdata[0].new_empty(-(-n // ROW_MULTIPLE) * ROW_MULTIPLE, qdata[0].shape[1])
+
+
+_library.impl("join_rows", _join_rows_op, "CPU")
+torch.library.register_fake("torchao_int4cpu::join_rows", _join_rows_fake, lib=_library)
+
+
+def traceable_join_rows(pieces: Sequence[Rows], layout: NibbleLayout) -> Tensor:
+    """`join_rows` for eager calls, traces and meta tensors alike."""
+    qdata = [piece.qdata for piece in pieces]
+    if (
+        all(type(part) is Tensor and part.is_cpu for part in qdata)
+        and not torch.compiler.is_compiling()
+    ):
+        return join_rows(pieces, layout)
+    rows = [number for piece in pieces for number in (piece.n, piece.start, piece.stop)]
+    names = [piece.layout.name for piece in pieces]
+    index = [piece.chosen for piece in pieces]
+    joined: Tensor = torch.ops.torchao_int4cpu.join_rows(qdata, names, rows, index, layout.name)
+    return joined
