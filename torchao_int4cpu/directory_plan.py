@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torchao.quantization import FqnToConfig
 
 from torchao_int4cpu.config import Int4WeightOnlyConfig
 from torchao_int4cpu.extras import import_extra
@@ -75,6 +76,7 @@ def make_plan(
     *,
     skip: Sequence[str] = (),
     head: bool = False,
+    embeddings: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Plan:
     """Decide about every tensor.
@@ -85,12 +87,14 @@ def make_plan(
         skip: modules to keep dense, read as transformers' ``modules_to_not_convert``: the start of a
             module's name, its end, or a regular expression for the start.
         head: also quantize the linear layer that makes the logits.
+        embeddings: also quantize the input embedding; with a tied model that is the head, too.
         dtype: of the model; None for what its config says, or else its first floating tensor.
 
     Raises:
         MissingExtra: transformers or safetensors is not installed.
         ValueError: the folder is no such directory, its model is quantized already, is of a class that
-            transformers does not have, or has nothing to quantize; or a pattern is wrong.
+            transformers does not have, or has nothing to quantize; or a pattern is wrong, or what
+            ``head`` or ``embeddings`` asks for cannot be done.
     """
     transformers = import_extra("transformers", "hf")
     files = sorted(folder.glob("*.safetensors"))
@@ -116,8 +120,10 @@ def make_plan(
     dtype = dtype or _dtype_of(model_config, sources)
     _set_dtype(model_config, dtype)
     model = _empty_model(transformers, model_config, dtype)
-    quantization, quantizer = _quantizer(transformers, model, config, skip, head)
-    tensors = list(_planned(model, quantizer, sources, dtype, skip))
+    included = _included(model, head, embeddings)
+    chosen = {name for name in included if not _is_skipped(name, skip)}
+    quantization, quantizer = _quantizer(transformers, model, config, skip, chosen)
+    tensors = list(_planned(model, quantizer, sources, dtype, skip, included))
     if all(tensor.kept for tensor in tensors):
         raise ValueError(
             f"{str(folder)!r} has no weight to quantize: {type(model).__name__} has no torch.nn.Linear "
@@ -183,15 +189,65 @@ def _empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> An
         return model_class._from_config(model_config, dtype=dtype)
 
 
+def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
+    """Names of the modules to quantize, before ``skip``: linear layers, and what is asked for."""
+    source, output = _ends(model)
+    tied = output is not None and output.weight is getattr(source, "weight", None)
+    if head and tied and not embeddings:
+        raise ValueError(
+            f"the output head of {type(model).__name__} is tied to its input embedding, which is not "
+            "asked for; quantize both with --embeddings (embeddings=True), or leave out --head"
+        )
+    if embeddings and not isinstance(source, nn.Embedding):
+        raise ValueError(
+            f"the input embedding of {type(model).__name__} is a {type(source).__name__}; only "
+            "torch.nn.Embedding can be quantized, so leave out --embeddings (embeddings=True)"
+        )
+
+    def is_included(module: nn.Module) -> bool:
+        if module is output:
+            return isinstance(module, nn.Linear) and (head or (embeddings and tied))
+        return isinstance(module, nn.Linear) or (embeddings and module is source)
+
+    return {name for name, module in model.named_modules() if is_included(module)}
+
+
+def _ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output head; None where the model has none or cannot tell."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return None, None
+
+
+def _is_skipped(name: str, skip: Sequence[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return bool(skip) and not should_convert_module(name, list(skip))
+
+
 def _quantizer(
-    transformers: Any, model: Any, config: Int4WeightOnlyConfig, skip: Sequence[str], head: bool
+    transformers: Any,
+    model: Any,
+    config: Int4WeightOnlyConfig,
+    skip: Sequence[str],
+    chosen: set[str],
 ) -> tuple[Any, Any]:
     """transformers' config and its quantizer, set up for the model."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    source, output = _ends(model)
+    modules = [model.get_submodule(name) for name in chosen]
+    embeddings = any(module is source for module in modules)
+    # transformers applies a plain config to linear layers only. One by name reaches the embedding, but
+    # a tied one only with the flag; and what has no entry then stays dense, without "_default".
+    quant_type = _by_name(config, chosen) if embeddings else config
+
     def set_up(kept: list[str] | None) -> tuple[Any, Any]:
         quantization = transformers.TorchAoConfig(
-            config, modules_to_not_convert=kept, include_input_output_embeddings=head
+            quant_type,
+            modules_to_not_convert=kept,
+            include_input_output_embeddings=embeddings or any(module is output for module in modules),
         )
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model)
@@ -204,12 +260,25 @@ def _quantizer(
     return quantization, quantizer
 
 
+def _by_name(config: Int4WeightOnlyConfig, names: set[str]) -> FqnToConfig:
+    """The config for the weights of these modules, and for nothing else: a bias is no weight.
+
+    Layers that differ in a number share an entry. ``"_default"`` would be shorter; torchao drops it.
+    """
+    patterns = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
+    return FqnToConfig({rf"re:{pattern}\.weight": config for pattern in sorted(patterns)})
+
+
 def _planned(
-    model: Any, quantizer: Any, sources: list[Source], dtype: torch.dtype, skip: Sequence[str]
+    model: Any,
+    quantizer: Any,
+    sources: list[Source],
+    dtype: torch.dtype,
+    skip: Sequence[str],
+    included: set[str],
 ) -> Iterator[Planned]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     conversions = get_model_conversion_mapping(model, None, quantizer)
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
@@ -227,11 +296,14 @@ def _planned(
 
     def kept(name: str, found: torch.dtype) -> str:
         module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or not isinstance(model.get_submodule(module), nn.Linear):
+        if parameter != "weight" or not (
+            module in included or isinstance(model.get_submodule(module), nn.Linear)
+        ):
             return "not the weight of a linear layer"
-        if not quantizer.param_needs_quantization(model, name):
-            asked = bool(skip) and not should_convert_module(name, list(skip))
-            return "skipped, as asked for" if asked else "kept by transformers, as the output head is"
+        if _is_skipped(name, skip):
+            return "skipped, as asked for"
+        if module not in included or not quantizer.param_needs_quantization(model, name):
+            return "kept by transformers, as the output head is"
         return "" if found in FLOAT_DTYPES else f"its dtype is {found}"
 
     for source in sources:

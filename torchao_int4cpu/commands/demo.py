@@ -25,6 +25,7 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--model", help="directory or hub id of a causal language model")
     command.add_argument("--prompt", default=DEFAULT_PROMPT, help="text for --model")
     command.add_argument("--new-tokens", type=int, default=64, help="to generate with --model")
+    command.add_argument("--embeddings", action="store_true", help="the input embedding in 4 bits too")
     command.add_argument("--group-size", type=int, default=64, choices=GROUP_SIZES)
     command.add_argument("--algorithm", default="mse", choices=sorted(ALGORITHMS))
     command.set_defaults(run=run)
@@ -37,14 +38,22 @@ def run(args: argparse.Namespace) -> int:
     )
     with Steps() as steps:
         if args.model is None:
-            embedded = demo.embeddings(config, steps.show)
+            embedded = demo.embeddings(config, steps.show, input_embedding=args.embeddings)
             layers = embedded.layers
         else:
-            generated = demo.causal(args.model, args.prompt, args.new_tokens, config, steps.show)
+            generated = demo.causal(
+                args.model,
+                args.prompt,
+                args.new_tokens,
+                config,
+                steps.show,
+                input_embedding=args.embeddings,
+            )
             layers = generated.layers
     threads = torch.get_num_threads()
     print(f"settings           group {args.group_size}, {args.algorithm}, {threads} threads")
-    print(f"layers changed     {layers.changed} of {layers.linear} linear layers")
+    kinds = "linear layers and the input embedding" if args.embeddings else "linear layers"
+    print(f"layers changed     {layers.changed} of {layers.chosen} {kinds}")
     print(
         f"their weights      {layers.bytes_before / 1e6:.1f} MB -> {layers.bytes_after / 1e6:.1f} MB"
         f" ({layers.bytes_before / layers.bytes_after:.1f} times smaller)"

@@ -35,6 +35,11 @@ def add_to(commands: Commands) -> None:
     )
     command.add_argument("--head", action="store_true", help="quantize the output head (lm_head) too")
     command.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="quantize the input embedding too; a head that is tied to it shares its 4-bit weight",
+    )
+    command.add_argument(
         "--dtype", choices=sorted(DTYPES), help="of the model; without it what config.json says"
     )
     command.set_defaults(run=run)
@@ -46,7 +51,14 @@ def run(args: argparse.Namespace) -> int:
         group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    plan = make_plan(args.source, config, skip=args.skip, head=args.head, dtype=dtype)
+    plan = make_plan(
+        args.source,
+        config,
+        skip=args.skip,
+        head=args.head,
+        embeddings=args.embeddings,
+        dtype=dtype,
+    )
     try:
         with _bar(plan) as progress:
             report = quantize_directory(plan, args.out, progress)
