@@ -9,8 +9,7 @@ distinct weights that no cache holds them. Nothing here prints.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,24 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_int4cpu.groupwise import GroupwiseInt4
-from torchao_int4cpu.kernels import (
-    get_kernel,
-    int4_mm_reference,
-    native_kernel,
-    operations_at_best,
-    set_kernel,
-)
+from torchao_int4cpu.kernels import int4_mm_reference, native_kernel, operations_at_best
 from torchao_int4cpu.layout import native_layout
 from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.timing import Kernel, interleaved, seconds, selected
 
 #: Distinct weights of one kernel take at least so many bytes together: several times any L3 cache here.
 CYCLE_BYTES = 256 * 2**20
-
-#: A pass stops cycling after about so many seconds; products that slow are not bound by memory.
-MAX_PASS_SECONDS = 0.5
-
-#: A pass over small weights is repeated until it takes about so long, so that the clock is no matter.
-MIN_PASS_SECONDS = 0.01
 
 #: Rows of the activation on which the error is measured; the exact product is slow.
 ERROR_ROWS = 16
@@ -47,21 +35,8 @@ BANDWIDTH_BYTES = 512 * 2**20
 #: Layers that are compiled together, as in a model: a graph of one layer would mostly time its call.
 COMPILED_LAYERS = 8
 
-
 #: Rounds of `operations_at_best` that are timed at once: some milliseconds.
 PEAK_ROUNDS = 400_000
-
-
-class Kernel(NamedTuple):
-    """What is timed: ``call(i)`` runs the i-th run of ``layers`` weights, and returns one product.
-
-    Attributes:
-        selection: what `set_kernel` is given before; None for what is chosen already.
-    """
-
-    call: Callable[[int], Tensor]
-    layers: int = 1
-    selection: str | None = None
 
 
 class Limits(NamedTuple):
@@ -123,11 +98,11 @@ def measure_limits(passes: int = 7) -> Limits:
     """Measure with torch's threads: median bandwidth (neighbours share it), best arithmetic."""
     data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
     data.sum()
-    read = statistics.median(_seconds(lambda: data.sum()) for _ in range(passes))
+    read = statistics.median(seconds(lambda: data.sum()) for _ in range(passes))
     operations = operations_at_best(1)
     peak = None
     if operations:
-        spin = min(_seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes))
+        spin = min(seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes))
         peak = operations * PEAK_ROUNDS / spin / 1e9
     return Limits(data.nbytes / read / 1e9, peak)
 
@@ -165,10 +140,10 @@ def run(
             x = torch.randn(m, k, dtype=torch.float32).to(dtype)
             with torch.no_grad():
                 kernels = weights.kernels(x, compiled=compiled, prototype=prototype)
-                times = _interleaved(kernels, weights.count, passes)
-                ms = {name: seconds * 1e3 for name, seconds in times.items()}
+                times = interleaved(kernels, weights.count, passes)
+                ms = {name: value * 1e3 for name, value in times.items()}
                 errors = {
-                    name: weights.relative_error(x, _selected(kernel)(0))
+                    name: weights.relative_error(x, selected(kernel)(0))
                     for name, kernel in kernels.items()
                 }
             for name, value in ms.items():
@@ -226,7 +201,7 @@ class _Weights:
         k = packed[0].shape[1]
         padded = F.pad(x, (0, packed[0].qdata.shape[1] * 2 - k))
         bf16 = x.to(torch.bfloat16)
-        group_size = packed[0].block_size[1]
+        group_size = packed[0].group_size
         scales = [w.scale_and_zero.to(x.dtype) for w in packed]  # the raw op wants x's dtype
         op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         kernels = {
@@ -256,60 +231,3 @@ def _prototype(w: Int4OpaqueTensor) -> Tensor:
 
     tensor: Tensor = Prototype(w.qdata, w.scale_and_zero, w.block_size, w.shape)
     return tensor
-
-
-def _interleaved(kernels: dict[str, Kernel], count: int, passes: int) -> dict[str, float]:
-    """Median seconds of one layer, over ``passes`` passes in which each kernel has its turn."""
-    turns = {name: _Turn.fitting(kernel, count) for name, kernel in kernels.items()}
-    samples: dict[str, list[float]] = {name: [] for name in kernels}
-    for _ in range(passes):
-        for name, turn in turns.items():
-            layers = turn.cycled * turn.repeats * turn.kernel.layers
-            samples[name].append(_seconds(turn.run) / layers)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What one pass does with one kernel: so many calls after each other, so many times."""
-
-    kernel: Kernel
-    cycled: int
-    repeats: int
-
-    @classmethod
-    def fitting(cls, kernel: Kernel, count: int) -> _Turn:
-        call = _selected(kernel)
-        call(0)  # allocations, primitives, compilation
-        once = min(_seconds(lambda: call(0)) for _ in range(3))
-        cycled = max(1, min(count // kernel.layers, int(MAX_PASS_SECONDS / once)))
-        return cls(kernel, cycled, max(1, int(MIN_PASS_SECONDS / (once * cycled))))
-
-    def run(self) -> None:
-        def cycle(_: int) -> Tensor:
-            for i in range(self.cycled):
-                y = self.kernel.call(i)
-            return y
-
-        for _ in range(self.repeats):
-            _selected(self.kernel._replace(call=cycle))(0)
-
-
-def _selected(kernel: Kernel) -> Callable[[int], Tensor]:
-    """The call of a kernel, with its selection made before and undone after."""
-
-    def call(i: int) -> Tensor:
-        before = get_kernel()
-        set_kernel(kernel.selection or before)
-        try:
-            return kernel.call(i)
-        finally:
-            set_kernel(before)
-
-    return call
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from torchao_int4cpu import bench, plot
-from torchao_int4cpu.commands import bench_model
+from torchao_int4cpu.commands import bench_model, bench_moe, bench_views
 from torchao_int4cpu.commands.environment import cpu_name, environment
 from torchao_int4cpu.commands.options import DTYPES, Commands
 from torchao_int4cpu.groupwise import GROUP_SIZES
@@ -31,6 +31,8 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--json", action="store_true", help="one JSON object a line")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows: .svg, .png or .pdf")
     bench_model.add_to(command)
+    bench_moe.add_to(command)
+    bench_views.add_to(command)
     command.set_defaults(run=run, default_of=command.get_default)
 
 
@@ -44,8 +46,19 @@ def _shape(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     """Print measured rows."""
     if args.model is not None:
+        bench_model.refuse_given(args, ("moe", "views", *bench_moe.MOE_OPTIONS), "leave --model out")
         return bench_model.run(args)
     bench_model.refuse_given(args, bench_model.MODEL_OPTIONS, "add --model")
+    if args.moe:
+        bench_model.refuse_given(
+            args, ("shapes", "compile", "prototype", "plot", "views"), "leave --moe out"
+        )
+        return bench_moe.run(args)
+    bench_model.refuse_given(args, bench_moe.MOE_OPTIONS, "add --moe")
+    if args.views:
+        unused = ("rows", "dtype", "compile", "prototype", "plot")
+        bench_model.refuse_given(args, unused, "leave --views out")
+        return bench_views.run(args)
     if args.plot is not None:
         plot.require_matplotlib()
     limits = bench.measure_limits()
