@@ -113,11 +113,10 @@ def _is_input_first(module: nn.Module, weight: Tensor) -> bool:
 def _quantized(
     module: nn.Module, weight: Tensor, group_size: int, algorithm: str
 ) -> Int4OpaqueTensor | Int4TransposedTensor:
-    if in_vllm_allocation():  # what is in that memory is nobody's number, and may be NaN
+    if in_vllm_allocation():
+        # What is in that memory is nobody's number, and may be NaN. Zeros may be filled by any cuts.
         allocated = Int4OpaqueTensor.empty(weight.shape, group_size, weight.dtype, device=weight.device)
-        zeros: Int4OpaqueTensor = allocated.new_zeros(
-            allocated.shape
-        )  # which may be filled by any cuts
+        zeros: Int4OpaqueTensor = allocated.new_zeros(allocated.shape)
         return zeros
     block_size = [1] * (weight.ndim - 1) + [group_size]
     if _is_input_first(module, weight):

@@ -61,7 +61,8 @@ class Int4TransposedTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao 
         weight = self.weight
         _check(weight)
         turned = weight.shape[:-2] + weight.shape[:-3:-1]
-        if (turned, weight.dtype, weight.device) != (self.shape, self.dtype, self.device):
+        mine = (self.shape, self.dtype, self.device.type)
+        if (turned, weight.dtype, weight.device.type) != mine:
             raise ValueError(
                 f"weight is {weight.dtype} of shape {list(weight.shape)} on {weight.device}, and its "
                 f"transposed view {self.dtype} of shape {list(self.shape)} on {self.device}; "
