@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchao.quantization import quantize_
 
 from tests.numerics import assert_int4, product_bound
+from tests.weights import random_weight
 from torchao_int4cpu import Int4WeightOnlyConfig, set_kernel
 from torchao_int4cpu.kernels import int4_mm_reference
 
@@ -184,3 +187,14 @@ def test_export(dynamic: bool) -> None:
     program = torch.export.export(eager, (torch.randn(5, 512),), dynamic_shapes=shapes)
     for rows in (5, 2, 900) if dynamic else (5,):
         assert_close_to_eager(program.module(), eager, torch.randn(rows, 512))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_make_fx_sees_the_product(with_bias: bool) -> None:
+    """A traced graph computes from its input: a call that no mode sees would leave its result out."""
+    w, bias = random_weight(40, 70), torch.randn(40) if with_bias else None
+    x, other = torch.randn(3, 70), torch.randn(3, 70)
+    graph = make_fx(lambda x: F.linear(x, w, bias))(x)
+    expected = F.linear(other, w, bias)
+    assert not torch.equal(expected, F.linear(x, w, bias))
+    assert torch.equal(graph(other), expected)

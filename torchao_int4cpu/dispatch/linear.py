@@ -63,6 +63,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and activation.is_cpu
         and not (grad and activation.requires_grad)
         and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0  # a mode, as of make_fx, must see an op
     ):
         y = int4_mm(activation, packed)  # a plain eager call needs no op
     else:
