@@ -169,19 +169,26 @@ def run(
                 )
 
 
+def random_weight(
+    shape: tuple[int, ...], group_size: int, dtype: torch.dtype = torch.bfloat16
+) -> Int4OpaqueTensor:
+    """A 4-bit weight ``[N, K]`` or ``[E, N, K]`` of random codes, with scales as real layers have."""
+    *rows, k = shape
+    groups = -(-k // group_size)
+    value = GroupwiseInt4(
+        torch.randint(0, 16, shape, dtype=torch.uint8),
+        torch.rand(*rows, groups) * 0.01 + 0.001,
+        torch.randn(*rows, groups) * 0.001,
+        group_size,
+    )
+    return Int4OpaqueTensor.from_groupwise(value, dtype=dtype)
+
+
 class _Weights:
     """Distinct random weights of one shape, 4-bit and dense."""
 
     def __init__(self, n: int, k: int, group_size: int) -> None:
-        groups = -(-k // group_size)
-        first = Int4OpaqueTensor.from_groupwise(
-            GroupwiseInt4(
-                torch.randint(0, 16, (n, k), dtype=torch.uint8),
-                torch.rand(n, groups) * 0.01 + 0.001,
-                torch.randn(n, groups) * 0.001,
-                group_size,
-            )
-        )
+        first = random_weight((n, k), group_size)
         self.packed_bytes = first.qdata.nbytes + first.scale_and_zero.nbytes
         cycled = min(64, CYCLE_BYTES // self.packed_bytes) // COMPILED_LAYERS * COMPILED_LAYERS
         self.count = max(COMPILED_LAYERS, cycled)

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchao_int4cpu.bench import CYCLE_BYTES, Limits, measure_limits
-from torchao_int4cpu.groupwise import GroupwiseInt4
-from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.bench import CYCLE_BYTES, Limits, measure_limits, random_weight
 from torchao_int4cpu.timing import Kernel, interleaved
 
 
@@ -132,17 +130,7 @@ class _Experts:
     """A stack of random experts, 4-bit and dense, and which are hit in each call."""
 
     def __init__(self, shape: MoeShape, group_size: int, dtype: torch.dtype) -> None:
-        size = (shape.experts, shape.n)
-        groups = -(-shape.k // group_size)
-        self.stack = Int4OpaqueTensor.from_groupwise(
-            GroupwiseInt4(
-                torch.randint(0, 16, (*size, shape.k), dtype=torch.uint8),
-                torch.rand(*size, groups) * 0.01 + 0.001,
-                torch.randn(*size, groups) * 0.001,
-                group_size,
-            ),
-            dtype=dtype,
-        )
+        self.stack = random_weight((shape.experts, shape.n, shape.k), group_size, dtype)
         parts = (self.stack.qdata, self.stack.scale_and_zero)
         self.bytes_of_one = sum(part.nbytes for part in parts) // shape.experts
         self.dense = torch.stack([one.dequantize() for one in self.stack]).to(torch.bfloat16)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchao_int4cpu.bench import CYCLE_BYTES
-from torchao_int4cpu.groupwise import GroupwiseInt4
+from torchao_int4cpu.bench import CYCLE_BYTES, random_weight
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 from torchao_int4cpu.timing import Kernel, interleaved
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4Weight, weight_of
 
 #: Tokens that the gathers of rows ask for: one, and a prompt.
 GATHERED = (1, 512)
@@ -106,15 +105,7 @@ def _calls(
 
 
 def _weights(n: int, k: int, group_size: int) -> tuple[list[Int4OpaqueTensor], list[Tensor]]:
-    groups = -(-k // group_size)
-    first = Int4OpaqueTensor.from_groupwise(
-        GroupwiseInt4(
-            torch.randint(0, 16, (n, k), dtype=torch.uint8),
-            torch.rand(n, groups) * 0.01 + 0.001,
-            torch.randn(n, groups) * 0.001,
-            group_size,
-        )
-    )
+    first = random_weight((n, k), group_size)
     count = max(2, min(64, CYCLE_BYTES // (first.qdata.nbytes + first.scale_and_zero.nbytes)))
     dense = first.dequantize()
     dense_count = max(2, min(count, CYCLE_BYTES // dense.nbytes))
@@ -126,9 +117,9 @@ def _weights(n: int, k: int, group_size: int) -> tuple[list[Int4OpaqueTensor], l
 
 def _copied_bytes(result: Tensor, source: Int4OpaqueTensor) -> int:
     """Bytes of memory that the result has and the weight has not."""
-    if not isinstance(result, (Int4OpaqueTensor, Int4TransposedTensor)):
+    if not isinstance(result, Int4Weight):
         return result.nbytes
-    weight = result.back() if isinstance(result, Int4TransposedTensor) else result
+    weight = weight_of(result)
     if weight.qdata.untyped_storage().data_ptr() == source.qdata.untyped_storage().data_ptr():
         return 0
     return weight.qdata.nbytes + weight.scale_and_zero.nbytes

@@ -12,7 +12,7 @@ import torch
 from torchao_int4cpu import bench, plot
 from torchao_int4cpu.commands import bench_model, bench_moe, bench_views
 from torchao_int4cpu.commands.environment import cpu_name, environment
-from torchao_int4cpu.commands.options import DTYPES, Commands
+from torchao_int4cpu.commands.options import DTYPES, Commands, shape
 from torchao_int4cpu.groupwise import GROUP_SIZES
 
 
@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
     """Add the command and its options."""
     command = commands.add_parser("bench", help="time linear layers, or a model, on this machine")
     command.add_argument(
-        "--shapes", nargs="+", type=_shape, default=[(4096, 4096), (14336, 4096)], metavar="NxK"
+        "--shapes", nargs="+", type=shape, default=[(4096, 4096), (14336, 4096)], metavar="NxK"
     )
     command.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256, 1024], metavar="M")
     command.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
@@ -34,13 +34,6 @@ def add_to(commands: Commands) -> None:
     bench_moe.add_to(command)
     bench_views.add_to(command)
     command.set_defaults(run=run, default_of=command.get_default)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    n, _, k = text.partition("x")
-    if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write NxK, as in 4096x4096")
-    return int(n), int(k)
 
 
 def run(args: argparse.Namespace) -> int:

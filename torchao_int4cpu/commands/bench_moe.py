@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 
 from torchao_int4cpu import bench, bench_moe
 from torchao_int4cpu.commands.environment import environment
-from torchao_int4cpu.commands.options import DTYPES
+from torchao_int4cpu.commands.options import DTYPES, shape
 
 #: Options of bench that mean something only with --moe.
 MOE_OPTIONS = ("experts", "hit", "expert_shape")
@@ -19,29 +19,24 @@ def add_to(command: argparse.ArgumentParser) -> None:
     default = bench_moe.MoeShape()
     group = command.add_argument_group("a mixture of experts instead of layers")
     group.add_argument("--moe", action="store_true", help="a few experts of many, of random weights")
-    for size in fields(bench_moe.MoeShape)[:2]:
-        group.add_argument(f"--{size.name}", type=int, default=size.default, help=f"({size.default})")
-    shape = (default.n, default.k)
-    group.add_argument("--expert-shape", type=_shape, default=shape, metavar="NxK", help="of an expert")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    n, _, k = text.partition("x")
-    if not (n.isdigit() and k.isdigit() and int(n) and int(k)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write NxK, as in 1536x2048")
-    return int(n), int(k)
+    for field in fields(bench_moe.MoeShape)[:2]:
+        group.add_argument(
+            f"--{field.name}", type=int, default=field.default, help=f"({field.default})"
+        )
+    size = (default.n, default.k)
+    group.add_argument("--expert-shape", type=shape, default=size, metavar="NxK", help="of an expert")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print measured rows of experts; ``--rows`` are pairs of a token and an expert."""
-    shape = bench_moe.MoeShape(args.experts, args.hit, *args.expert_shape)
+    experts = bench_moe.MoeShape(args.experts, args.hit, *args.expert_shape)
     rows = args.rows
     if rows == args.default_of("rows"):
-        rows = [shape.hit, 4 * shape.hit, 32 * shape.hit]
+        rows = [experts.hit, 4 * experts.hit, 32 * experts.hit]
     limits = bench.measure_limits()
     where = environment() | {
         "read GB/s": round(limits.read_gb_per_s, 1),
-        "experts": str(shape),
+        "experts": str(experts),
         "group": args.group_size,
         "dtype": args.dtype,
         "passes": args.passes,
@@ -55,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             f" {'x bf16':>6} {'error':>7}"
         )
     for row in bench_moe.run(
-        shape,
+        experts,
         rows,
         group_size=args.group_size,
         dtype=DTYPES[args.dtype],
