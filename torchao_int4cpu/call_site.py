@@ -15,8 +15,7 @@ import torchao.quantization.quant_api as quant_api
 from torch import nn
 from torchao.quantization import FqnToConfig, fqn_matches_fqn_config
 
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4Weight
 
 #: vLLM 0.32: ``TorchAOLinearMethod.create_weights`` calls this function of this module on
 #: ``torch.empty``, to copy the weights of a 4-bit checkpoint into what comes back. With real numbers
@@ -66,8 +65,7 @@ def progress() -> str:
     root = model_to_quantize()
     if root is None:
         return "This layer is unchanged"
-    classes = (Int4OpaqueTensor, Int4TransposedTensor)
-    done = [name for name, parameter in root.named_parameters() if isinstance(parameter, classes)]
+    done = [name for name, parameter in root.named_parameters() if isinstance(parameter, Int4Weight)]
     if not done:
         return "Nothing has been changed"
     return f"4-bit already: {', '.join(done)}; every other layer is unchanged"

@@ -15,7 +15,7 @@ import torch
 
 from torchao_int4cpu.parts import check_parts, shown
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight
 
 #: Raised whenever a reader of the old format could not read the new one. 2 brought stacks and
 #: transposed views.
@@ -35,7 +35,7 @@ def get_state(t: Int4OpaqueTensor) -> dict[str, Any]:
     return state | {"format_version": version_of(t)}
 
 
-def version_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> int:
+def version_of(t: Int4Weight) -> int:
     """The oldest version of the format that can hold it, so that old readers read what they can."""
     return 1 if isinstance(t, Int4OpaqueTensor) and t.ndim == 2 else 2
 
@@ -99,18 +99,16 @@ def set_state_of_view(t: Int4TransposedTensor, state: dict[str, Any]) -> None:
         t.requires_grad_(False)
 
 
-def deep_copy(
-    t: Int4OpaqueTensor | Int4TransposedTensor, memo: dict[int, Any]
-) -> Int4OpaqueTensor | Int4TransposedTensor:
+def deep_copy(t: Int4Weight, memo: dict[int, Any]) -> Int4Weight:
     """``__deepcopy__``: a weight of its own. Parts that share memory in a module do so in its copy.
 
     A copy of a repacked copy may be written to: nothing is behind it that would have to change. What is
     made to be filled by cuts stays so. Torch's own way copies the parts twice, and ``read_only`` too.
     """
     if id(t) in memo:
-        known: Int4OpaqueTensor | Int4TransposedTensor = memo[id(t)]
+        known: Int4Weight = memo[id(t)]
         return known
-    new: Int4OpaqueTensor | Int4TransposedTensor
+    new: Int4Weight
     if isinstance(t, Int4TransposedTensor):
         new, done = Int4TransposedTensor(copy.deepcopy(t.back(), memo)), {"weight"}
     else:

@@ -26,8 +26,7 @@ from torchao_int4cpu.safetensors_format import (
     part_key,
     parts_of,
 )
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4Weight, weight_of
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,9 @@ def _inspect_torch_file(path: Path, verify: bool) -> Contents:
         )
         loaded = None
     for name, tensor in _tensors(loaded, ""):
-        if isinstance(tensor, (Int4OpaqueTensor, Int4TransposedTensor)):
+        if isinstance(tensor, Int4Weight):
             size = sum(part.nbytes for part in parts_of(tensor).values())
-            weight = tensor.back() if isinstance(tensor, Int4TransposedTensor) else tensor
+            weight = weight_of(tensor)
             contents.weights.append(_described(name, tensor, weight.qdata_layout, size))
         else:
             contents.others.append(Source(name, path, tuple(tensor.shape), tensor.dtype))
@@ -195,8 +194,8 @@ def _weight(
     return list(keys.values())
 
 
-def _described(name: str, t: Int4OpaqueTensor | Int4TransposedTensor, layout: str, size: int) -> Weight:
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+def _described(name: str, t: Int4Weight, layout: str, size: int) -> Weight:
+    weight = weight_of(t)
     dtype = str(t.dtype).removeprefix("torch.")
     return Weight(name, tuple(t.shape), weight.group_size, layout, dtype, size)
 

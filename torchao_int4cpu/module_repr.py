@@ -7,8 +7,7 @@ import weakref
 import torch
 from torch import nn
 
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4Weight
 
 
 class ExtraRepr:
@@ -36,7 +35,7 @@ class ExtraRepr:
         shown = [
             f"{name}={type(weight).__name__}({weight._quantization_type()})"
             for name, weight in module.named_parameters(recurse=False)
-            if isinstance(weight, (Int4OpaqueTensor, Int4TransposedTensor))
+            if isinstance(weight, Int4Weight)
         ]
         return ", ".join(filter(None, [type(module).extra_repr(module), *shown]))
 

@@ -27,7 +27,7 @@ from torchao_int4cpu.module_repr import ExtraRepr
 from torchao_int4cpu.shards import is_sharded, piece_of, sharded_like
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 from torchao_int4cpu.transformers_mends import mend_transformers
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 #: Modules of torch whose weight has 2 or 3 dimensions and another meaning than ``[N, K]``.
 _OTHER_MEANING = (_ConvNd, nn.EmbeddingBag, nn.Bilinear)
@@ -110,9 +110,7 @@ def _is_input_first(module: nn.Module, weight: Tensor) -> bool:
     return weight.ndim == 3 and getattr(module, "is_transposed", False) is True
 
 
-def _quantized(
-    module: nn.Module, weight: Tensor, group_size: int, algorithm: str
-) -> Int4OpaqueTensor | Int4TransposedTensor:
+def _quantized(module: nn.Module, weight: Tensor, group_size: int, algorithm: str) -> Int4Weight:
     if in_vllm_allocation():
         # What is in that memory is nobody's number, and may be NaN. Zeros may be filled by any cuts.
         allocated = Int4OpaqueTensor.empty(weight.shape, group_size, weight.dtype, device=weight.device)
@@ -152,13 +150,12 @@ def _obstacle(module: nn.Module, parameter_name: str, weight: Tensor) -> str | N
 
 
 def _is_4_bit(weight: Tensor) -> bool:
-    return isinstance(weight, (Int4OpaqueTensor, Int4TransposedTensor))
+    return isinstance(weight, Int4Weight)
 
 
 def _group_size(weight: Tensor) -> int:
-    opaque = weight.back() if isinstance(weight, Int4TransposedTensor) else weight
-    assert isinstance(opaque, Int4OpaqueTensor)
-    return opaque.group_size
+    assert isinstance(weight, Int4Weight)
+    return weight_of(weight).group_size
 
 
 # --- shared parameters --------------------------------------------------------------------------

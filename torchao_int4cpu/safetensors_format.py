@@ -32,7 +32,7 @@ from torchao_int4cpu.checkpoint import check_version, version_of
 from torchao_int4cpu.parts import shown
 from torchao_int4cpu.tensor import Int4OpaqueTensor
 from torchao_int4cpu.transformers_mends import mend_transformers
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 #: What stands in a file's metadata for our class.
 TYPE_NAME = "torchao_int4cpu.Int4OpaqueTensor"
@@ -76,7 +76,7 @@ def part_key(name: str, part: str) -> str:
     return f"{module}._{parameter}_{part}"
 
 
-def parts_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> dict[str, Tensor]:
+def parts_of(t: Int4Weight) -> dict[str, Tensor]:
     """The tensors that are stored, by the names of the fields."""
     parts = {"qdata": t.qdata, "scale_and_zero": t.scale_and_zero}
     if t.act_pre_scale is not None:
@@ -84,11 +84,11 @@ def parts_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> dict[str, Tensor]:
     return parts
 
 
-def metadata_of(t: Int4OpaqueTensor | Int4TransposedTensor) -> dict[str, Any]:
+def metadata_of(t: Int4Weight) -> dict[str, Any]:
     """What the file's metadata says of one weight, see the module's docstring; no checksums on meta."""
     parts = parts_of(t)
     transposed = isinstance(t, Int4TransposedTensor)
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    weight = weight_of(t)
     data = {
         "format_version": version_of(t),
         "block_size": list(weight.block_size),
@@ -109,7 +109,7 @@ def crc32(part: Tensor) -> str:
     return f"{zlib.crc32(buffer):08x}"
 
 
-def from_safetensors(**data: Any) -> Int4OpaqueTensor | Int4TransposedTensor:
+def from_safetensors(**data: Any) -> Int4Weight:
     """What torchao calls with the metadata and the tensors of one weight: check all of it, repack.
 
     Checksums are not compared: ``python -m torchao_int4cpu inspect --verify`` does.
@@ -156,7 +156,7 @@ def _register() -> None:
     original = getattr(encoder.default, "torchao_default", encoder.default)
 
     def default(self: json.JSONEncoder, o: object) -> Any:
-        if isinstance(o, (Int4OpaqueTensor, Int4TransposedTensor)):
+        if isinstance(o, Int4Weight):
             return metadata_of(o)
         if type(o).__name__ == Int4OpaqueTensor.__name__ and isinstance(o, torch.Tensor):
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4Weight
 
 #: Where transformers keeps the class that loads and saves torchao's weights.
 QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
@@ -57,8 +57,7 @@ def _initialize_buffers(model: Any) -> None:
 
     Whole parameters carry transformers' mark themselves, so they are not initialized again.
     """
-    classes = (Int4OpaqueTensor, Int4TransposedTensor)
-    if not any(isinstance(parameter, classes) for parameter in model.parameters()):
+    if not any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
         return
     marked = [module for module in model.modules() if _is_loaded_with_unsaved_buffers(module)]
     for module in marked:

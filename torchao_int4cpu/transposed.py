@@ -112,6 +112,15 @@ class Int4TransposedTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao 
         return f"Int4TransposedTensor(shape={list(self.shape)}, of {self.weight!r})"
 
 
+#: A 4-bit weight, whichever way it is turned.
+Int4Weight = Int4OpaqueTensor | Int4TransposedTensor
+
+
+def weight_of(t: Int4Weight) -> Int4OpaqueTensor:
+    """The weight ``[N, K]`` itself, also of a transposed view."""
+    return t.back() if isinstance(t, Int4TransposedTensor) else t
+
+
 def _check(weight: object) -> None:
     if not isinstance(weight, Int4OpaqueTensor):
         raise TypeError(

@@ -15,7 +15,7 @@ from torchao_int4cpu.layout import LAYOUTS
 from torchao_int4cpu.parts import legal_pieces
 from torchao_int4cpu.slicing import Rows, check_index, traceable_join_rows
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def handle_split_with_sizes(
 
 
 def _check_split_of_k(t: Weight, size: int, dim: int) -> None:
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    weight = weight_of(t)
     group_size, k = weight.group_size, weight.shape[-1]
     along_k = dim == (t.ndim - 2 if isinstance(t, Int4TransposedTensor) else t.ndim - 1)
     if not along_k or size % group_size == 0 or size >= k:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.dims import weight_of
 from torchao_int4cpu.dispatch.table import Args, Kwargs, Weight, implements, implements_named
 from torchao_int4cpu.dispatch.views import turned
 from torchao_int4cpu.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.layout import LAYOUTS, layout_named
 from torchao_int4cpu.slicing import Rows, traceable_join_rows
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
 
 _LAYOUT_NAMES = list(LAYOUTS)
 

@@ -21,7 +21,7 @@ from torchao_int4cpu.dispatch.table import (
 from torchao_int4cpu.groupwise import CODE_OFFSET
 from torchao_int4cpu.parts import legal_pieces
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten
 
@@ -115,9 +115,7 @@ def handle_empty_like(
 
 
 @implements([aten.new_zeros.default, aten.new_empty.default])
-def handle_new_zeros(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
-) -> Int4OpaqueTensor | Int4TransposedTensor:
+def handle_new_zeros(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Int4Weight:
     """``new_zeros(size)``: a 4-bit weight of that size in the groups of this one, every number 0.
 
     It is made to be filled piece by piece, as sharding code does: whatever is copied into a cut of it
@@ -130,7 +128,7 @@ def handle_new_zeros(
     if 0 in size or len(size) not in (2, 3):
         raise ValueError(_empty(t, f"{func.__name__.split('.')[0]} got size {size}"))
     transposed = isinstance(t, Int4TransposedTensor)
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    weight = weight_of(t)
     if transposed:
         size[-1], size[-2] = size[-2], size[-1]
     device = torch.device(kwargs.get("device") or weight.device)
@@ -148,13 +146,13 @@ def handle_new_zeros(
     return Int4TransposedTensor(new) if transposed else new
 
 
-def _empty(t: Int4OpaqueTensor | Int4TransposedTensor, got: str) -> str:
+def _empty(t: Int4Weight, got: str) -> str:
     """Say that a weight cannot be empty, as sharding code asks for where a process gets no piece."""
     if t.split_from is None:
         return f"{got}; a 4-bit weight is [N, K] or [E, N, K], and none of them 0, so leave it out"
     dim, total = t.split_from
     size = t.shape[dim]
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    weight = weight_of(t)
     along_k = dim == t.ndim - (2 if t is not weight else 1)
     legal = legal_pieces(total, weight.group_size if along_k else 1)
     return (

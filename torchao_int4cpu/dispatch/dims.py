@@ -35,11 +35,6 @@ def turned_dim(t: Tensor, dim: int) -> int:
     return {t.ndim - 1: t.ndim - 2, t.ndim - 2: t.ndim - 1}.get(dim, dim)
 
 
-def weight_of(t: Weight) -> Int4OpaqueTensor:
-    """The weight ``[N, K]``, also of a transposed view."""
-    return t.back() if isinstance(t, Int4TransposedTensor) else t
-
-
 def on_the_weight(t: Weight, change: Callable[[Int4OpaqueTensor], Int4OpaqueTensor]) -> Weight:
     """Change the weight itself, or the one behind a transposed view."""
     if isinstance(t, Int4TransposedTensor):

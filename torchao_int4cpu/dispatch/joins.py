@@ -10,13 +10,13 @@ from torch import Tensor
 
 from torchao_int4cpu.dispatch.conversions import handle_clone, handle_new_zeros
 from torchao_int4cpu.dispatch.cuts import same_scale, stacked
-from torchao_int4cpu.dispatch.dims import dim_of, turned_dim, weight_of
+from torchao_int4cpu.dispatch.dims import dim_of, turned_dim
 from torchao_int4cpu.dispatch.table import Args, Kwargs, Weight, implements
 from torchao_int4cpu.dispatch.views import handle_unsqueeze
 from torchao_int4cpu.layout import LAYOUTS, native_layout
 from torchao_int4cpu.slicing import Rows, join_columns, traceable_join_rows
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
 
 aten = torch.ops.aten
 

@@ -31,7 +31,7 @@ from torchao_int4cpu.kernels import (
     traceable_int4_mm_transposed,
 )
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
 
 aten = torch.ops.aten
 
@@ -169,7 +169,7 @@ def grouped_product(x: Tensor, experts: Tensor, offs: Tensor) -> Tensor:
             "grouped_mm got a 4-bit tensor as its first argument; only the experts can be 4-bit, "
             "so call .dequantize() on the other"
         )
-    weight = experts.back() if isinstance(experts, Int4TransposedTensor) else experts
+    weight = weight_of(experts)
     if x.ndim != 2 or experts.ndim != 3 or x.shape[1] != experts.shape[1]:
         raise ValueError(
             f"grouped_mm got x of shape {list(x.shape)} and 4-bit experts of shape "

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-Weight = Int4OpaqueTensor | Int4TransposedTensor
+Weight = Int4Weight
 
 #: Handlers of ops that other libraries define, by name: they may be defined later, or never.
 NAMED: dict[str, Callable[..., Any]] = {}

@@ -13,10 +13,10 @@ import torch
 from torchao_int4cpu.dispatch.choices import handle_select
 from torchao_int4cpu.dispatch.conversions import same_parts
 from torchao_int4cpu.dispatch.cuts import follow, like
-from torchao_int4cpu.dispatch.dims import aliased, dim_of, on_the_weight, weight_of
+from torchao_int4cpu.dispatch.dims import aliased, dim_of, on_the_weight
 from torchao_int4cpu.dispatch.table import Args, Kwargs, Weight, implements
 from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
 
 aten = torch.ops.aten
 
