@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from torchao_int4cpu import get_kernel, set_kernel
-from torchao_int4cpu.kernels import native_kernel, native_unavailable
-from torchao_int4cpu.kernels.prefill import DENSE_DTYPE
-from torchao_int4cpu.layout import native_layout
+from torchao_int4cpu.format.layout import native_layout
+from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE
+from torchao_int4cpu.kernels.selection import native_kernel, native_unavailable
 
 # The same examples in every run: a failure is to be seen by whoever runs the suite next.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.kernels import PackedInt4, int4_mm_reference
-from torchao_int4cpu.layout import NibbleLayout, native_layout, pack
+from torchao_int4cpu.format.layout import NibbleLayout, native_layout, pack
+from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
 
 #: Unit roundoff: half the gap between 1 and the next number.
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

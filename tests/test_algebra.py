@@ -22,9 +22,9 @@ from torch import Tensor
 from tests.numerics import native, product_bound
 from tests.weights import ALL_LAYOUTS, random_value, weight_in
 from torchao_int4cpu import Int4OpaqueTensor
-from torchao_int4cpu.kernels import int4_mm_reference
-from torchao_int4cpu.layout import LAYOUTS
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.format.layout import LAYOUTS
+from torchao_int4cpu.format.packed import int4_mm_reference
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 
 class Refused(Exception):
@@ -260,7 +260,7 @@ def assert_same(pair: Pair) -> None:
     packed, twin = pair.packed, pair.twin
     assert type(packed) is (Int4TransposedTensor if twin.turned else Int4OpaqueTensor)
     assert list(packed.shape) == twin.shape
-    weight = packed.back() if twin.turned else packed
+    weight = packed.untransposed() if twin.turned else packed
     value = weight.to_groupwise()
     assert torch.equal(value.codes, twin.codes)
     assert torch.equal(value.scale, twin.scale)

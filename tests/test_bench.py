@@ -13,10 +13,12 @@ from torch import Tensor
 
 from tests.numerics import native
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu import bench, get_kernel, plot, timing
-from torchao_int4cpu.bench import Row
+from torchao_int4cpu import get_kernel
+from torchao_int4cpu.bench import layers as bench
+from torchao_int4cpu.bench import plot, timing
+from torchao_int4cpu.bench.layers import Row
 from torchao_int4cpu.extras import MissingExtra
-from torchao_int4cpu.kernels import native_kernel
+from torchao_int4cpu.kernels.selection import native_kernel
 
 LIMITS = bench.Limits(1.0, None)
 
@@ -68,8 +70,8 @@ def test_a_selection_holds_during_the_call_only(kernel: str) -> None:
         during.append(get_kernel())
         return torch.empty(0)
 
-    timing.selected(timing.Kernel(call, selection="aten"))(0)
-    timing.selected(timing.Kernel(call))(0)
+    timing.selected(timing.TimedCall(call, selection="aten"))(0)
+    timing.selected(timing.TimedCall(call))(0)
     assert during == ["aten", kernel]
     assert get_kernel() == kernel
 

@@ -22,9 +22,10 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.numerics import assert_int4
-from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, bench_model
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu.bench_model import LlamaShape, ModelRow, Text
+from torchao_int4cpu.bench import model as bench_model
+from torchao_int4cpu.bench.model import LlamaShape, ModelRow, Text
 
 SHAPE = LlamaShape(dim=512, ffn=544, layers=1, vocab=304)
 GROUP_SIZE = 32

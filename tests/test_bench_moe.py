@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu import bench, bench_moe, bench_views, timing
-from torchao_int4cpu.bench_moe import MoeRow, MoeShape
-from torchao_int4cpu.bench_views import ViewRow
+from torchao_int4cpu.bench import experts as bench_moe
+from torchao_int4cpu.bench import layers as bench
+from torchao_int4cpu.bench import timing
+from torchao_int4cpu.bench import views as bench_views
+from torchao_int4cpu.bench.experts import MoeRow, MoeShape
+from torchao_int4cpu.bench.views import ViewRow
 
 LIMITS = bench.Limits(10.0, None)
 SHAPE = MoeShape(experts=6, hit=2, n=48, k=72)

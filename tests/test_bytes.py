@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.weights import random_weight
-from torchao_int4cpu import slicing
-from torchao_int4cpu.kernels import prefill, rows
+from torchao_int4cpu.format import slicing
+from torchao_int4cpu.kernels.portable import dequantize as rows
+from torchao_int4cpu.kernels.portable import prefill
 
 N, K, E = 1024, 1024, 4
 DENSE = N * K * 2  # bytes in bfloat16

@@ -25,10 +25,12 @@ from torchao.quantization import quantize_
 
 from tests.numerics import assert_int4, native, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.checkpoint import FORMAT_VERSION, get_state, get_state_of_view
-from torchao_int4cpu.layout import LAYOUTS, layout_named, repack
-from torchao_int4cpu.module_repr import ExtraRepr
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.checkpoint.pickles import FORMAT_VERSION, get_state, get_state_of_view
+from torchao_int4cpu.format.layout import LAYOUTS, layout_named
+from torchao_int4cpu.format.slicing import repack
+from torchao_int4cpu.tensor.int4 import Provenance
+from torchao_int4cpu.tensor.module_repr import ExtraRepr
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 
 def model() -> nn.Sequential:
@@ -116,8 +118,8 @@ def test_a_meta_tensor_is_saved_without_data() -> None:
 
 def test_the_format_version_is_stored() -> None:
     state = get_state(Int4OpaqueTensor.from_groupwise(random_groupwise(40, 70, 32)))
-    assert state["format_version"] == 1
-    assert FORMAT_VERSION == 2
+    assert state["format_version"] == 3
+    assert FORMAT_VERSION == 3
     assert set(state) == {
         "qdata",
         "scale_and_zero",
@@ -201,7 +203,7 @@ ROADS: dict[str, tuple[Callable[[Any], Any], bool]] = {
 
 
 def opaque(t: object) -> Int4OpaqueTensor:
-    weight = t.back() if isinstance(t, Int4TransposedTensor) else t
+    weight = t.untransposed() if isinstance(t, Int4TransposedTensor) else t
     assert isinstance(weight, Int4OpaqueTensor)
     return weight
 
@@ -220,7 +222,7 @@ def test_what_comes_back_is_a_weight_of_its_own(name: str, road: str) -> None:
     assert torch.equal(back.dequantize(), expected)
     assert not back.requires_grad
     w = opaque(back)
-    assert (w.read_only, w.filled_by_cuts, w.cut_from) == (False, False, None)
+    assert w.provenance == Provenance()
     assert opaque(t).read_only == before
     if road == "copy.copy":
         return  # which shares the parts
@@ -276,13 +278,13 @@ def test_a_deep_copy_of_what_is_to_be_filled_can_be_filled() -> None:
     placeholder = matrix().new_zeros((200, 70))
     cut = placeholder[3:40]
     for copied, filled in ((copy.deepcopy(placeholder), True), (copy.deepcopy(cut), True)):
-        assert (copied.filled_by_cuts, copied.cut_from, copied.read_only) == (filled, None, False)
+        assert copied.provenance == Provenance(filled_by_cuts=filled)
     copied = copy.deepcopy(placeholder)
     copied[3:40].copy_(matrix()[3:40])
     assert torch.equal(copied[3:40].dequantize(), matrix()[3:40].dequantize())
     assert not bool(placeholder.dequantize().any())
     back = torch.load(saved(placeholder))
-    assert not back.filled_by_cuts
+    assert not back.provenance.filled_by_cuts
 
 
 def test_a_cyclic_attribute_is_deep_copied() -> None:
@@ -314,8 +316,9 @@ def test_loading_repacks_stacks(name: str, layout: str) -> None:
     for back in (torch.load(saved(t)), pickle.loads(pickle.dumps(t)), flat_and_back(t)):
         assert opaque(back).qdata_layout == native().name
         assert torch.equal(back.dequantize(), expected)
+    # Torch fills the parts after it made the weight, which is repacked after that.
     old = torch.load(saved(t, _use_new_zipfile_serialization=False))
-    assert opaque(old).qdata_layout == layout  # torch fills the parts after it made the weight
+    assert opaque(old).qdata_layout == native().name
     assert torch.equal(old.dequantize(), expected)
 
 
@@ -325,7 +328,7 @@ def test_what_is_stored_of_a_transposed_view() -> None:
     view.note = 1
     state = get_state_of_view(view)
     assert set(state) == {"weight", "note", "format_version"}
-    assert state["format_version"] == get_state(stack())["format_version"] == 2
+    assert state["format_version"] == get_state(stack())["format_version"] == 3
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -397,7 +400,7 @@ def _bf16(*shape: int) -> Tensor:
         ({"change": {"qdata_layout": "avx1024"}}, ValueError, "layout 'avx1024' is not known"),
         ({"change": {"block_size": [1, 64]}}, ValueError, "needs"),
         ({"change": {"act_pre_scale": torch.ones(3)}}, ValueError, "act_pre_scale has shape"),
-        ({"change": {"format_version": 3}}, ValueError, "format_version=3; .*install a newer one"),
+        ({"change": {"format_version": 4}}, ValueError, "format_version=4; .*install a newer one"),
         ({"change": {"format_version": 0}}, ValueError, "format_version=0; it must be an int"),
         ({"change": {"format_version": "1"}}, ValueError, "format_version='1'"),
         ({"drop": "format_version"}, ValueError, "format_version=None"),

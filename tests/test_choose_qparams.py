@@ -21,8 +21,8 @@ from torchao.quantization.quant_primitives import (
     _quantize_affine_tinygemm,
 )
 
-from torchao_int4cpu import choose_qparams as module
-from torchao_int4cpu.choose_qparams import ALGORITHMS, choose_qparams
+from torchao_int4cpu.algorithms import choose_qparams as module
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS, choose_qparams
 
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:]

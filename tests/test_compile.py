@@ -17,7 +17,7 @@ from torchao.quantization import quantize_
 from tests.numerics import assert_int4, product_bound
 from tests.weights import random_weight
 from torchao_int4cpu import Int4WeightOnlyConfig, set_kernel
-from torchao_int4cpu.kernels import int4_mm_reference
+from torchao_int4cpu.format.packed import int4_mm_reference
 
 pytestmark = pytest.mark.usefixtures("kernel")
 

@@ -26,11 +26,11 @@ from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm,
 from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 import torchao_int4cpu
-import torchao_int4cpu.config
+import torchao_int4cpu.quantize.config
 from tests.numerics import assert_int4
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.choose_qparams import choose_qparams
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 
 def model(**kwargs: Any) -> Any:
@@ -132,10 +132,14 @@ def test_importing_again_changes_nothing() -> None:
     config = Int4WeightOnlyConfig(group_size=32)
     importlib.import_module("torchao_int4cpu")
     importlib.reload(torchao_int4cpu)
-    importlib.reload(torchao_int4cpu.config)
+    importlib.reload(torchao_int4cpu.quantize.config)
     again: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
     assert again.torchao_handler is original
-    for usable in (config, torchao_int4cpu.config.Int4WeightOnlyConfig(group_size=32), ACCEPTED[5]):
+    for usable in (
+        config,
+        torchao_int4cpu.quantize.config.Int4WeightOnlyConfig(group_size=32),
+        ACCEPTED[5],
+    ):
         layers = model()
         quantize_(layers, usable)
         assert_int4(layers[0].weight, (40, 70), 32)
@@ -375,7 +379,7 @@ def test_names_through_fqn_to_config_and_without_a_model() -> None:
     with pytest.raises(ValueError, match=r"^weight of Linear\(in_features=40, .*\): weight has NaN"):
         quantize_(layers[2], config)
     with pytest.raises(ValueError, match=r"^weight of Linear.*This layer is unchanged$"):
-        torchao_int4cpu.config.quantize_module(layers[2], config)
+        torchao_int4cpu.quantize.config.quantize_module(layers[2], config)
 
 
 def test_a_meta_weight_is_an_error() -> None:

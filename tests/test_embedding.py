@@ -27,9 +27,10 @@ from tests.numerics import assert_int4
 from tests.test_bytes import usage_of
 from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
 from tests.weights import ALL_LAYOUTS, random_weight
-from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, call_site
-from torchao_int4cpu.choose_qparams import ALGORITHMS
-from torchao_int4cpu.kernels.rows import CHUNK_ELEMENTS
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
+from torchao_int4cpu.kernels.portable.dequantize import CHUNK_ELEMENTS
+from torchao_int4cpu.quantize import run as quantize_run
 
 N, K = 100, 70
 CONFIG = Int4WeightOnlyConfig(group_size=32)
@@ -462,13 +463,13 @@ def test_several_at_a_time() -> None:
 
 def test_the_model_is_searched_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[nn.Module] = []
-    search = call_site._shared_parameters
+    search = quantize_run.shared_parameters
 
     def count(root: nn.Module) -> Any:
         found.append(root)
         return search(root)
 
-    monkeypatch.setattr(call_site, "_shared_parameters", count)
+    monkeypatch.setattr(quantize_run, "shared_parameters", count)
     model: Any = nn.Sequential(*[nn.Linear(K, K) for _ in range(20)])
     quantize_(model, CONFIG, filter_fn=lambda module, name: name in ("0", "1", "2"))
     assert len(found) == 1

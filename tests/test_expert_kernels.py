@@ -15,25 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.numerics import assert_product, native, packed_in, random_groupwise
 from tests.test_kernels import apart
 from torchao_int4cpu import GroupwiseInt4
-from torchao_int4cpu.kernels import (
-    PackedExperts,
-    PackedInt4,
-    int4_mm,
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout
+from torchao_int4cpu.format.packed import PackedInt4, dense_reference
+from torchao_int4cpu.kernels import experts as experts_module
+from torchao_int4cpu.kernels.experts import bmm, bmm_transposed, grouped_mm, grouped_mm_transposed
+from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize, traceable_embedding
+from torchao_int4cpu.kernels.ops.experts import (
     traceable_bmm,
     traceable_bmm_transposed,
-    traceable_dequantize,
-    traceable_embedding,
     traceable_grouped_mm,
     traceable_grouped_mm_transposed,
-    traceable_int4_mm_transposed,
 )
-from torchao_int4cpu.kernels import experts as experts_module
-from torchao_int4cpu.kernels import rows as rows_module
-from torchao_int4cpu.kernels.experts import bmm, bmm_transposed, grouped_mm, grouped_mm_transposed
-from torchao_int4cpu.kernels.packed import dense_reference
-from torchao_int4cpu.kernels.prefill import int4_mm_grad
-from torchao_int4cpu.kernels.rows import dequantize, embedding
-from torchao_int4cpu.layout import LAYOUTS, NibbleLayout
+from torchao_int4cpu.kernels.ops.products import traceable_int4_mm_transposed
+from torchao_int4cpu.kernels.portable import dequantize as rows_module
+from torchao_int4cpu.kernels.portable.dequantize import dequantize, embedding
+from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
+from torchao_int4cpu.kernels.selection import int4_mm
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -54,17 +51,17 @@ ops = torch.ops.torchao_int4cpu
 pytestmark = pytest.mark.filterwarnings("ignore:a 4-bit weight is packed for")  # or not at all: slow
 
 
-def stack(weights: list[PackedInt4]) -> PackedExperts:
+def stack(weights: list[PackedInt4]) -> PackedInt4:
     qdata = torch.stack([weight.qdata for weight in weights])
     pairs = torch.stack([weight.scale_and_zero for weight in weights])
-    return PackedExperts(qdata, pairs, *weights[0][2:])
+    return PackedInt4(qdata, pairs, *weights[0][2:])
 
 
-def random_experts(n: int, k: int, group_size: int, layout: NibbleLayout, e: int = 4) -> PackedExperts:
+def random_experts(n: int, k: int, group_size: int, layout: NibbleLayout, e: int = 4) -> PackedInt4:
     return stack([packed_in(random_groupwise(n, k, group_size, seed), layout) for seed in range(e)])
 
 
-def integer_experts(n: int, k: int, group_size: int, layout: NibbleLayout, e: int = 4) -> PackedExperts:
+def integer_experts(n: int, k: int, group_size: int, layout: NibbleLayout, e: int = 4) -> PackedInt4:
     """Codes 6 to 10, scale 1 or 2, zero -1 to 1: sums of a few hundred are exact even in bfloat16."""
     weights = []
     for seed in range(e):
@@ -76,7 +73,7 @@ def integer_experts(n: int, k: int, group_size: int, layout: NibbleLayout, e: in
     return stack(weights)
 
 
-def as_views(experts: PackedExperts) -> PackedExperts:
+def as_views(experts: PackedInt4) -> PackedInt4:
     """The same experts as every other one, and as rows from 64 on, of a larger stack full of NaN."""
     e, padded_n, half_k = experts.qdata.shape
     groups = experts.scale_and_zero.shape[1]
@@ -87,8 +84,8 @@ def as_views(experts: PackedExperts) -> PackedExperts:
     return experts._replace(qdata=qdata, scale_and_zero=pairs)
 
 
-def one_of(experts: PackedExperts, index: int) -> PackedInt4:
-    """One expert as a weight of its own, not as `PackedExperts.expert` finds it."""
+def one_of(experts: PackedInt4, index: int) -> PackedInt4:
+    """One expert as a weight of its own, not as `PackedInt4.expert` finds it."""
     pairs = experts.scale_and_zero[index].clone(memory_format=torch.contiguous_format)
     return PackedInt4(experts.qdata[index].clone(), pairs, *experts[2:])
 
@@ -97,7 +94,7 @@ def ends(counts: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(counts).cumsum(0).to(dtype)
 
 
-def grouped_reference(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor:
+def grouped_reference(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
     """The readable twin of `grouped_mm`: float64 ``[S, N]``."""
     y = torch.zeros(x.shape[0], experts.n, dtype=torch.float64)
     for row in range(x.shape[0]):
@@ -107,7 +104,7 @@ def grouped_reference(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor
     return y
 
 
-def grouped_transposed_reference(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor:
+def grouped_transposed_reference(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
     """The readable twin of `grouped_mm_transposed`: float64 ``[S, K]``."""
     y = torch.zeros(x.shape[0], experts.k, dtype=torch.float64)
     for row in range(x.shape[0]):
@@ -117,17 +114,17 @@ def grouped_transposed_reference(x: Tensor, experts: PackedExperts, offs: Tensor
     return y
 
 
-def bmm_reference(x: Tensor, experts: PackedExperts) -> Tensor:
+def bmm_reference(x: Tensor, experts: PackedInt4) -> Tensor:
     """The readable twin of `bmm`: float64 ``[E, M, N]``."""
     return x.double() @ _dense(experts).transpose(1, 2)
 
 
-def bmm_transposed_reference(x: Tensor, experts: PackedExperts) -> Tensor:
+def bmm_transposed_reference(x: Tensor, experts: PackedInt4) -> Tensor:
     """The readable twin of `bmm_transposed`: float64 ``[E, M, K]``."""
     return x.double() @ _dense(experts)
 
 
-def _dense(experts: PackedExperts) -> Tensor:
+def _dense(experts: PackedInt4) -> Tensor:
     return torch.stack([dense_reference(one_of(experts, e)) for e in range(len(experts.qdata))])
 
 
@@ -460,7 +457,7 @@ def test_ops_refuse_parts_that_do_not_fit(op: str, wrong: str) -> None:
     which, damage = WRONG[wrong]
     at = which + (op != "int4_dequantize")
     arguments[at] = damage(arguments[at])
-    with pytest.raises(ValueError, match="so take them from Int4OpaqueTensor"):
+    with pytest.raises(ValueError, match=r"so take (them|the parts) from|call .contiguous"):
         getattr(ops, op)(*arguments)
 
 
@@ -470,10 +467,10 @@ def test_ops_refuse_other_sizes_layouts_and_activations(op: str) -> None:
     group = next(i for i, a in enumerate(arguments) if isinstance(a, int))
     for at, value, message in (
         (group, 48, "choose 32, 64, 128 or 256"),
-        (group, 64, "so take them from Int4OpaqueTensor"),
+        (group, 64, "so take (them|the parts) from|call .contiguous"),
         (group + 1, "neon", "layout 'neon' is not known; choose"),
-        (group + 2, 0, "so take them from Int4OpaqueTensor"),
-        (group + 2, 40, "so take them from Int4OpaqueTensor"),
+        (group + 2, 0, "so take (them|the parts) from|call .contiguous"),
+        (group + 2, 40, "so take (them|the parts) from|call .contiguous"),
     ):
         changed = list(arguments)
         changed[at] = value
@@ -484,7 +481,7 @@ def test_ops_refuse_other_sizes_layouts_and_activations(op: str) -> None:
         for wrong in (x.double(), x[None], x.flatten()):
             with pytest.raises(ValueError, match=r"must be bfloat16, float16 or float32 .*so convert"):
                 call(wrong, *rest)
-        with pytest.raises(ValueError, match="so take them from Int4OpaqueTensor"):
+        with pytest.raises(ValueError, match=r"so take (them|the parts) from|call .contiguous"):
             call(x[..., :-30], *rest)
     if "bmm" in op:
         with pytest.raises(ValueError, match=r"it must be .* \[3, any, .*\], so convert or reshape"):
@@ -513,7 +510,7 @@ def _everything(
     x: Tensor, y: Tensor, offs: Tensor, indices: Tensor, qdata: Tensor, pairs: Tensor
 ) -> list[Tensor]:
     """Every traceable function, on views that are taken inside of the graph."""
-    experts = PackedExperts(qdata[1:, 64:], pairs[1:, :, 64:], 32, native(), N, K)
+    experts = PackedInt4(qdata[1:, 64:], pairs[1:, :, 64:], 32, native(), N, K)
     weight = experts.expert(1)
     return [
         traceable_grouped_mm(x, experts, offs),
@@ -538,7 +535,7 @@ def test_compiled_and_eager_agree_for_any_number_of_rows() -> None:
         with torch._dynamo.config.patch(error_on_recompile=rows > 6):
             found = compiled(*arguments)
         assert all(map(torch.equal, found, expected))
-        experts = PackedExperts(
+        experts = PackedInt4(
             stacked.qdata[1:, 64:], stacked.scale_and_zero[1:, :, 64:], 32, native(), N, K
         )
         assert torch.equal(expected[0], grouped_mm(x, experts, offs))

@@ -32,14 +32,14 @@ from transformers import (
     TorchAoConfig,
 )
 
-import torchao_int4cpu.config
+import torchao_int4cpu.quantize.config
 from tests.numerics import UNDERFLOW, UNIT, assert_int4
 from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.choose_qparams import choose_qparams
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.dispatch.table import NAMED
-from torchao_int4cpu.quantize_parameter import quantize_parameter
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.quantize.parameter import quantize_parameter
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 IDS = torch.arange(24).view(2, 12)
@@ -130,7 +130,7 @@ def assert_stack(
     assert isinstance(weight, Int4TransposedTensor if turned else Int4OpaqueTensor)
     e, n, k = shape
     assert tuple(weight.shape) == ((e, k, n) if turned else shape)
-    stack = weight.back() if isinstance(weight, Int4TransposedTensor) else weight
+    stack = weight.untransposed() if isinstance(weight, Int4TransposedTensor) else weight
     assert stack.block_size == [1, 1, group_size]
     one = [assert_int4(stack[i], (n, k), group_size) for i in range(e)]
     assert stack.qdata.nbytes == e * one[0].qdata.nbytes
@@ -261,7 +261,7 @@ class Exact:
 
 
 def _opaque(weight: Stack) -> Int4OpaqueTensor:
-    return weight.back() if isinstance(weight, Int4TransposedTensor) else weight
+    return weight.untransposed() if isinstance(weight, Int4TransposedTensor) else weight
 
 
 def _with_largest(value: GroupwiseInt4) -> GroupwiseInt4:
@@ -419,13 +419,14 @@ def test_compiled_in_one_graph(
     """One graph; in float32 transformers calls an op of its own for what torch cannot compile."""
     fallback = Counter[str]()
     name = "transformers::grouped_mm_fallback"
-    handler = NAMED[name]
+    named = NAMED[Int4TransposedTensor]
+    handler = named[name]
 
     def counting(*args: Any) -> Any:
         fallback[name] += 1
         return handler(*args)
 
-    monkeypatch.setitem(NAMED, name, counting)
+    monkeypatch.setitem(named, name, counting)
     model, dense = pair(family, dtype, num_hidden_layers=1)
     for either in (model, dense):
         either.set_experts_implementation(implementation)
@@ -586,7 +587,7 @@ def test_loading_quantizes_the_merged_stack_once(
         calls.append(parameter_name)
         return quantize_parameter(module, parameter_name, *options)
 
-    monkeypatch.setattr(torchao_int4cpu.config, "quantize_parameter", watching)
+    monkeypatch.setattr(torchao_int4cpu.quantize.config, "quantize_parameter", watching)
     model = from_file(source)
     assert sorted(calls) == ["down_proj"] * 2 + ["gate_up_proj"] * 2
     assert not any(weight() is not None for weight in dense)
@@ -601,14 +602,14 @@ def test_loading_quantizes_the_merged_stack_once(
 FRESH = """
 import sys, torch
 import torchao_int4cpu
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 from transformers import AutoModelForCausalLM
 
 stacks = (torchao_int4cpu.Int4OpaqueTensor, Int4TransposedTensor)
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = [p for p in model.parameters() if isinstance(p, stacks)]
-    opaque = [p.back() if isinstance(p, Int4TransposedTensor) else p for p in found]
+    opaque = [p.untransposed() if isinstance(p, Int4TransposedTensor) else p for p in found]
     assert {p.qdata_layout for p in opaque} == {torchao_int4cpu.native_layout().name}
     results = {}
     for implementation in ("eager", "batched_mm", "grouped_mm"):

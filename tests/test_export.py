@@ -23,7 +23,7 @@ from tests.numerics import UNIT, assert_int4, native
 from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
 from tests.weights import random_weight
 from torchao_int4cpu import Int4WeightOnlyConfig
-from torchao_int4cpu.kernels import decode_max_rows
+from torchao_int4cpu.kernels.selection import decode_max_rows
 
 K = 150  # no multiple of the group
 ROWS = [1, 2, 7, 64, 300]
@@ -107,8 +107,8 @@ def test_few_rows_at_most_show_pytorchs_op() -> None:
 
 def test_without_a_native_kernel_our_op_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs on machines that PyTorch's op would misread the bytes on."""
-    monkeypatch.setattr("torchao_int4cpu.kernels.choice._native_kernels", {})
-    monkeypatch.setattr("torchao_int4cpu.kernels.choice._selection", "auto")
+    monkeypatch.setattr("torchao_int4cpu.kernels.selection._native_kernels", {})
+    monkeypatch.setattr("torchao_int4cpu.kernels.selection._selection", "auto")
     program = torch.export.export(two_layers(), (torch.randn(1, K),))
     assert targets(program.run_decompositions()) == [OURS] * 2
 
@@ -148,7 +148,7 @@ from torch import nn
 from torchao.quantization import quantize_
 from tests.numerics import assert_int4, product_bound
 from torchao_int4cpu import Int4WeightOnlyConfig, native_layout, set_kernel
-from torchao_int4cpu.kernels import int4_mm_reference
+from torchao_int4cpu.format.packed import int4_mm_reference
 
 folder, capability = sys.argv[1:]
 assert native_layout().name == capability
@@ -352,7 +352,7 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("stage", "missing"),
     [
-        ("whole", "No module named 'torchao_int4cpu.tensor'"),
+        ("whole", "import of torchao_int4cpu halted"),
         ("parts", "We failed to resolve torch.ops.torchao_int4cpu.int4_mm.default to an operator"),
     ],
     ids=["whole", "parts"],

@@ -37,8 +37,9 @@ from transformers import (
 
 from tests.numerics import assert_int4
 from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
-from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, transformers_mends
-from torchao_int4cpu.inspection import inspect
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
+from torchao_int4cpu.checkpoint.inspect import inspect
+from torchao_int4cpu.integrations import transformers as patches
 
 IDS = torch.arange(24).view(2, 12)
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -341,7 +342,7 @@ def test_the_scale_of_gemmas_embedding(tmp_path: Path) -> None:
 
 
 def test_other_torchao_formats_are_saved_as_they_were(tmp_path: Path) -> None:
-    """Once the mends are made, a model without a weight of ours takes transformers' own path."""
+    """Once the patches are made, a model without a weight of ours takes transformers' own path."""
     source = written(TIED["llama"](), tmp_path / "source")
     quantized(source)
     torchao = TorchAoConfig(
@@ -355,9 +356,9 @@ def test_other_torchao_formats_are_saved_as_they_were(tmp_path: Path) -> None:
 def test_mending_twice_wraps_once() -> None:
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-    transformers_mends.mend_transformers()
+    importlib.reload(patches)
     before = TorchAoHfQuantizer.get_state_dict_and_metadata
-    importlib.reload(transformers_mends).mend_transformers()
+    importlib.reload(patches)
     assert TorchAoHfQuantizer.get_state_dict_and_metadata is before
 
 

@@ -1,4 +1,4 @@
-"""A module imports only modules above it in the list of rooms, so that each can be read alone."""
+"""A folder imports only folders above it in the list of floors, so that each can be read alone."""
 
 from __future__ import annotations
 
@@ -9,88 +9,92 @@ import torchao_int4cpu
 
 PACKAGE = Path(torchao_int4cpu.__file__).parent
 
-ROOMS = [
+#: From the top: a floor knows those above it, and of its own modules those above in `MODULES`.
+FLOORS = [
     "version",
-    "groupwise",
-    "layout",
-    "slicing",
-    "choose_qparams",
-    "kernels.packed",
-    "kernels.checks",
-    "kernels.decode",
-    "kernels.prefill",
-    "kernels.build",
-    "kernels.setup_commands",
-    "kernels.native",
-    "kernels.choice",
-    "kernels.experts",
-    "kernels.rows",
-    "kernels.ops",
-    "kernels.expert_ops",
-    "kernels.row_ops",
-    "kernels",
-    "parts",
-    "tensor",
-    "transposed",
-    "dispatch.table",
-    "dispatch.linear",
-    "dispatch.products",
-    "dispatch.embedding",
-    "dispatch.conversions",
-    "dispatch.cuts",
-    "dispatch.dims",
-    "dispatch.choices",
-    "dispatch.views",
-    "dispatch.joins",
-    "dispatch.copies",
-    "dispatch.collectives",
-    "dispatch.sharding",
-    "dispatch.hooks",
-    "dispatch",
-    "checkpoint",
-    "transformers_mends",
-    "safetensors_format",
-    "upstream",
-    "call_site",
-    "module_repr",
-    "shards",
-    "quantize_parameter",
-    "config",
     "extras",
-    "timing",
+    "format",
+    "algorithms",
+    "kernels.portable",
+    "kernels.native",
+    "kernels",
+    "kernels.ops",
+    "tensor",
+    "dispatch",
+    "distributed",
+    "checkpoint",
+    "importers",
+    "quantize",
+    "convert",
+    "integrations",
     "bench",
-    "bench_moe",
-    "bench_views",
-    "plot",
-    "demo",
-    "bench_model",
-    "directory_plan",
-    "quantize_directory",
-    "inspection",
-    "",  # the package itself
     "commands",
-    "commands.options",
-    "commands.environment",
-    "commands.steps",
-    "commands.info",
-    "commands.demo",
-    "commands.bench_model",
-    "commands.bench_moe",
-    "commands.bench_views",
-    "commands.bench",
-    "commands.quantize",
-    "commands.inspect",
-    "__main__",
 ]
 
-#: Modules and what they must not know.
-STRANGERS = {
-    "groupwise": ["torchao", "layout"],
-    "layout": ["torchao", "groupwise", "choose_qparams"],
-    "slicing": ["torchao", "choose_qparams"],
-    "choose_qparams": ["layout"],
-    "kernels": ["torchao", "choose_qparams"],
+#: The modules of each floor, from the top.
+MODULES = {
+    "format": ["groupwise", "layout", "packed", "slicing", "checks"],
+    "algorithms": ["choose_qparams"],
+    "kernels.portable": ["decode", "prefill", "dequantize"],
+    "kernels.native": ["build", "setup_commands", "library"],
+    "kernels": ["selection", "experts"],
+    "kernels.ops": ["register", "products", "experts", "dequantize", "slicing"],
+    "tensor": ["int4", "transposed", "module_repr"],
+    "dispatch": [
+        "table",
+        "transposition",
+        "linear",
+        "products",
+        "embedding",
+        "conversions",
+        "cuts",
+        "indexing",
+        "views",
+        "concatenation",
+        "copies",
+        "entry",
+    ],
+    "distributed": ["collectives", "fsdp", "quantize_shards"],
+    "checkpoint": ["pickles", "safetensors", "inspect"],
+    "importers": ["torchao"],
+    "quantize": ["run", "parameter", "config"],
+    "convert": ["plan", "directory"],
+    "integrations": ["on_import", "transformers", "vllm"],
+    "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model"],
+    "commands": [
+        "options",
+        "environment",
+        "progress",
+        "info",
+        "demo",
+        "bench_model",
+        "bench_moe",
+        "bench_views",
+        "bench",
+        "quantize",
+        "inspect",
+    ],
 }
+
+#: Folders, and libraries that they must not know.
+STRANGERS = {
+    "format": ["torchao", "transformers", "vllm"],
+    "kernels": ["torchao", "transformers", "vllm"],
+    "tensor": ["transformers", "vllm"],
+    "dispatch": ["transformers", "vllm"],
+    "checkpoint": ["transformers", "vllm"],
+    "importers": ["transformers", "vllm"],
+    "quantize": ["transformers", "vllm"],
+}
+
+#: Every module, from the top; a folder that comes below its modules is their package.
+ROOMS = [
+    room
+    for floor in FLOORS
+    for room in (*(f"{floor}.{module}" for module in MODULES.get(floor, ())), floor)
+]
+#: What stands above all floors: the package itself, and the command line's entry.
+ENTRANCES = ["", "__main__"]
 
 
 def imported(path: Path) -> set[str]:
@@ -111,16 +115,26 @@ def path_of(room: str) -> Path:
 
 
 def broken_rules(room: str, names: set[str]) -> list[str]:
-    below = [other for other in ROOMS[ROOMS.index(room) :] if other and other in names]
-    unknown = [
-        s for s in STRANGERS.get(room.split(".")[0], []) if s in {n.split(".")[0] for n in names}
-    ]
-    return below + unknown
+    below = [other for other in ROOMS[ROOMS.index(room) + 1 :] if other in names]
+    # The package of a module is imported before it, and has a line of documentation only.
+    below = [other for other in below if not room.startswith(f"{other}.")]
+    strangers = STRANGERS.get(room.split(".")[0], [])
+    ours = {name for name in names if path_of(name).exists()}
+    return below + [s for s in strangers if s in {name.split(".")[0] for name in names - ours}]
 
 
 def test_the_list_is_complete() -> None:
     files = set(PACKAGE.rglob("*.py"))
-    assert files == {path_of(room) for room in ROOMS}
+    assert files == {path_of(room) for room in (*ROOMS, *ENTRANCES)}
+
+
+def test_the_top_of_the_package_has_nothing_else() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "extras.py",
+        "version.py",
+    }
 
 
 def test_imports_go_one_way() -> None:
@@ -128,7 +142,18 @@ def test_imports_go_one_way() -> None:
         assert broken_rules(room, imported(path_of(room))) == [], room
 
 
+def test_every_folder_says_what_it_owns() -> None:
+    for folder in (PACKAGE, *{path.parent for path in PACKAGE.rglob("*.py")}):
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert text, folder
+        assert text.splitlines()[0].endswith("."), folder
+
+
 def test_the_rule_would_catch_a_wrong_import() -> None:
-    assert broken_rules("layout", {"tensor"}) == ["tensor"]
-    assert broken_rules("kernels.decode", {"torchao.utils"}) == ["torchao"]
-    assert broken_rules("dispatch", {"tensor", "torch"}) == []
+    assert broken_rules("format.layout", {"format.checks"}) == ["format.checks"]
+    assert broken_rules("format.layout", {"tensor.int4"}) == ["tensor.int4"]
+    assert broken_rules("kernels.portable.decode", {"kernels.native.library"}) == [
+        "kernels.native.library"
+    ]
+    assert broken_rules("kernels.portable.decode", {"torchao.utils"}) == ["torchao"]
+    assert broken_rules("dispatch.entry", {"tensor.int4", "torch"}) == []

@@ -17,9 +17,10 @@ from tests.numerics import random_groupwise
 from tests.test_experts import build, from_file, stacks
 from tests.test_huggingface import int4_items, llama, quantized, written
 from tests.test_old_files import FILES, GROUP_SIZE, SETS, K, N, stack
-from torchao_int4cpu import Int4OpaqueTensor, inspection
-from torchao_int4cpu.inspection import inspect
-from torchao_int4cpu.safetensors_format import metadata_of, part_key, parts_of
+from torchao_int4cpu import Int4OpaqueTensor
+from torchao_int4cpu.checkpoint import inspect as inspection
+from torchao_int4cpu.checkpoint.inspect import inspect
+from torchao_int4cpu.checkpoint.safetensors import metadata_of, part_key
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_problems_of_a_stack_are_told(changes: dict[str, Any], problem: str, tmp
     t = stack()
     entry = metadata_of(t)
     entry["_data"] |= changes
-    tensors = {part_key("a.weight", part): value for part, value in parts_of(t).items()}
+    tensors = {part_key("a.weight", part): value for part, value in t.parts().items()}
     save_file(tensors, tmp_path / "a.safetensors", {"a.weight": json.dumps(entry)})
     contents = inspect(tmp_path / "a.safetensors")
     assert contents.weights == []
@@ -148,7 +149,7 @@ def file_of(folder: Path, changes: dict[str, Any] | None = None, **parts: Tensor
     t = Int4OpaqueTensor.from_groupwise(random_groupwise(80, 70, 32))
     entry = metadata_of(t)
     entry["_data"] |= changes or {}
-    tensors = {part_key("a.weight", part): value for part, value in (parts_of(t) | parts).items()}
+    tensors = {part_key("a.weight", part): value for part, value in (t.parts() | parts).items()}
     save_file(tensors, folder / "a.safetensors", {"a.weight": json.dumps(entry), "format": "pt"})
     return folder / "a.safetensors"
 

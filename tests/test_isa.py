@@ -159,7 +159,7 @@ import sys, warnings, torch
 from torch import nn
 from tests.numerics import packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor, native_layout
-from torchao_int4cpu.layout import LAYOUTS
+from torchao_int4cpu.format.layout import LAYOUTS
 
 layout = sys.argv[1]
 value = random_groupwise(128, 128, 32)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tests.numerics import assert_product, native, packed_in, random_groupwise
 from tests.test_kernels import apart
-from torchao_int4cpu.kernels import decode as decode_module
-from torchao_int4cpu.kernels import int4_mm_reference
-from torchao_int4cpu.kernels import prefill as prefill_module
-from torchao_int4cpu.kernels.decode import OP_INDEX_LIMIT, decode, op_piece
-from torchao_int4cpu.kernels.prefill import (
+from torchao_int4cpu.format.layout import LAYOUTS
+from torchao_int4cpu.format.packed import int4_mm_reference
+from torchao_int4cpu.kernels.portable import decode as decode_module
+from torchao_int4cpu.kernels.portable import prefill as prefill_module
+from torchao_int4cpu.kernels.portable.decode import OP_INDEX_LIMIT, decode, op_piece
+from torchao_int4cpu.kernels.portable.prefill import (
     PREFILL_MAX_BYTES,
     PrefillPlan,
     int4_mm_grad,
@@ -27,7 +28,6 @@ from torchao_int4cpu.kernels.prefill import (
     plan_prefill,
     prefill,
 )
-from torchao_int4cpu.layout import LAYOUTS
 
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:]
@@ -145,8 +145,8 @@ def test_products_in_many_pieces_are_within_the_bound(
 MEMORY_SCRIPT = """
 import torch
 from tests.numerics import native, packed_in, random_groupwise
-from torchao_int4cpu.kernels import prefill as prefill_module
-from torchao_int4cpu.kernels.prefill import int4_mm_grad, prefill
+from torchao_int4cpu.kernels.portable import prefill as prefill_module
+from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad, prefill
 
 def peak_kib():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.numerics import native
-from torchao_int4cpu import layout as layout_module
-from torchao_int4cpu.layout import (
+from torchao_int4cpu.format import layout as layout_module
+from torchao_int4cpu.format.layout import (
     LAYOUTS,
     NibbleLayout,
     layout_named,
     pack,
-    repack,
     segments,
     unpack,
 )
+from torchao_int4cpu.format.slicing import repack
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 

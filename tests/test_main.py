@@ -13,11 +13,11 @@ import transformers
 
 from tests.numerics import native
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu import demo
-from torchao_int4cpu.kernels import choice, native_kernel
-from torchao_int4cpu.kernels.choice import DECODE_RANGES
-from torchao_int4cpu.kernels.native import Unavailable
-from torchao_int4cpu.kernels.prefill import DENSE_DTYPE
+from torchao_int4cpu.bench import demo
+from torchao_int4cpu.kernels import selection
+from torchao_int4cpu.kernels.native.library import Unavailable
+from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE
+from torchao_int4cpu.kernels.selection import DECODE_RANGES, native_kernel
 
 
 def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str], kernel: str) -> None:
@@ -41,7 +41,7 @@ def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str], kernel:
 def test_info_says_why_there_is_no_native_kernel(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "LIBRARY", Unavailable("it was not compiled; install g++"))
+    monkeypatch.setattr(selection, "LIBRARY", Unavailable("it was not compiled; install g++"))
     cli.main(["info"])
     assert "native kernels   it was not compiled; install g++\n" in capsys.readouterr().out
 

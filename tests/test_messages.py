@@ -110,12 +110,12 @@ TypeError: dtype is torch.float64; choose torch.bfloat16, torch.float16 or torch
                 lambda: Int4OpaqueTensor.from_upstream(torch.zeros(2, 2), layout="avx512"),
             ),
             """\
-ValueError: scale_and_zero has shape [2, 48, 2]; a weight of shape [40, 70] needs [3, 48, 2]
+ValueError: scale_and_zero has shape [2, 48, 2]; a weight of shape [40, 70] in groups of 32 needs [3, 48, 2], so take the parts from one Int4OpaqueTensor
 TypeError: scale_and_zero is torch.float32; it must be a torch.bfloat16 tensor
-ValueError: qdata has shape [16, 48]; a weight of shape [40, 70] needs [48, 48]
+ValueError: qdata has shape [16, 48]; a weight of shape [40, 70] in groups of 32 needs [48, 48], so take the parts from one Int4OpaqueTensor
 ValueError: layout 'sse' is not known; choose 'avx512', 'avx2', 'default'
 ValueError: act_pre_scale has shape [3]; it must have one element or shape [70]
-ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 2, so the file is damaged or was not written by torchao_int4cpu
+ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 3, so the file is damaged or was not written by torchao_int4cpu
 TypeError: copy_ got a source that is torch.float32 of class Tensor and not 4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, or load it with load_state_dict(..., assign=True)
 TypeError: got a torch.Tensor; from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor""",
         )
@@ -227,8 +227,8 @@ ValueError: cannot pad a 4-bit weight of shape [8, 70] along K: zeros would shar
         w = random_weight(64, 64)
         self.check(
             """\
-TypeError: cat got a Int4OpaqueTensor and a Tensor; all must be 4-bit weights turned the same way, so call .dequantize() or .t() on the others
-TypeError: cat got a Int4OpaqueTensor and a Int4TransposedTensor; all must be 4-bit weights turned the same way, so call .dequantize() or .t() on the others
+TypeError: cat got a Int4OpaqueTensor and a Tensor; all must be 4-bit weights the same way round, so call .dequantize() or .t() on the others
+TypeError: cat got a Int4OpaqueTensor and a Int4TransposedTensor; all must be 4-bit weights the same way round, so call .dequantize() or .t() on the others
 ValueError: cat got 4-bit weights shape=[64, 64], group_size=32, dtype=torch.bfloat16 and shape=[64, 96], group_size=32, dtype=torch.bfloat16; all must agree in group_size, dtype and every dimension but 0
 ValueError: cat got 4-bit weights shape=[64, 64], group_size=32, dtype=torch.bfloat16 and shape=[64, 64], group_size=64, dtype=torch.bfloat16; all must agree in group_size, dtype and every dimension but 0
 ValueError: cat got 4-bit weights shape=[64, 64], group_size=32, dtype=torch.bfloat16 and shape=[64, 64], group_size=32, dtype=torch.float32; all must agree in group_size, dtype and every dimension but 0
@@ -252,7 +252,7 @@ ValueError: cannot add a dimension at 1 to a 4-bit weight of shape [64, 64]; onl
 ValueError: copy_ got a target of shape [67, 64] that was cut inside a block of rows or along K, so it is a repacked copy and the weight would not change; cut along N at multiples of 64, copy into the whole weight, or into a clone() if the copy is meant
 ValueError: copy_ got a target of shape [128, 32] that was cut inside a block of rows or along K, so it is a repacked copy and the weight would not change; cut along N at multiples of 64, copy into the whole weight, or into a clone() if the copy is meant
 ValueError: copy_ got a target of shape [2, 64, 64] that was expanded, so all its matrices are the same one; copy into the weight that was expanded, or into a clone()
-TypeError: copy_ got a Int4OpaqueTensor for a Int4TransposedTensor; both must be turned the same way, so call .transpose(-2, -1) on one
+TypeError: copy_ got a Int4OpaqueTensor for a Int4TransposedTensor; both must be the same way round, so call .transpose(-2, -1) on one
 TypeError: copy_ got a source that is torch.float32 of class Tensor and not 4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, or load it with load_state_dict(..., assign=True)
 ValueError: a 4-bit CPU weight cannot be pinned; it never leaves the CPU, so leave pin_memory out
 ValueError: a 4-bit CPU weight cannot move to 'cuda'; it runs on 'cpu' only, so keep the model there, or call .dequantize() and move that""",
@@ -270,16 +270,16 @@ ValueError: a 4-bit CPU weight cannot move to 'cuda'; it runs on 'cpu' only, so 
         offs = torch.tensor([1, 2, 3], dtype=torch.int32)
         self.check(
             """\
-ValueError: matmul got shapes [5, 64] and [32, 64]; they must be [M, K] and [K, N], so check which way the 4-bit weight is turned
-ValueError: matmul got shapes [5, 32] and [64, 32]; they must be [M, K] and [K, N], so check which way the 4-bit weight is turned
+ValueError: matmul got shapes [5, 64] and [32, 64]; they must be [M, K] and [K, N], so check whether the 4-bit weight is to be transposed
+ValueError: matmul got shapes [5, 32] and [64, 32]; they must be [M, K] and [K, N], so check whether the 4-bit weight is to be transposed
 ValueError: matmul got two 4-bit weights; one side must be a plain tensor, so call .dequantize() on it
 ValueError: mm got a torch.float64 tensor beside a 4-bit weight; convert it to bfloat16, float16 or float32
 ValueError: mm got a tensor on meta and a 4-bit weight on cpu; both must be on 'cpu', so move the tensor with .to('cpu')
 ValueError: addmm got a bias of shape [5, 1] for a product of shape [1, 64]; it must be one that broadcasts to that, so check its shape
 TypeError: addmm got a 4-bit tensor that is not a side of its product; only one of the sides can be one, so call .dequantize() on the other
-ValueError: matmul got shapes [2, 2, 5, 32] and [3, 32, 64]; they must be [E, M, K] and [E, K, N], so check which way the 4-bit weight is turned
+ValueError: matmul got shapes [2, 2, 5, 32] and [3, 32, 64]; they must be [E, M, K] and [E, K, N], so check whether the 4-bit weight is to be transposed
 TypeError: mm got a torch.float64 tensor beside a 4-bit weight; convert it to bfloat16, float16 or float32
-ValueError: bmm got shapes [2, 5, 32] and [3, 32, 64]; they must be [E, M, K] and [E, K, N], so check which way the 4-bit weight is turned
+ValueError: bmm got shapes [2, 5, 32] and [3, 32, 64]; they must be [E, M, K] and [E, K, N], so check whether the 4-bit weight is to be transposed
 ValueError: got a stack of 4-bit weights of shape [3, 64, 32]; this takes one [N, K], so index it first (weight[e]), or multiply with F.grouped_mm or torch.bmm
 ValueError: grouped_mm got x of shape [5, 64] and 4-bit experts of shape [3, 32, 64]; they must be [S, K] and [E, K, N], so transpose(-2, -1) the experts if they are [E, N, K]
 ValueError: got offs torch.int32 [2]; it must be int32 or int64 [3], the row after the last one of each expert, so give the cumulative sum of the rows of each

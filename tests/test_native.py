@@ -22,14 +22,20 @@ from torch import Tensor
 from tests.numerics import assert_product, packed_in, random_groupwise
 from tests.test_kernels import apart
 from torchao_int4cpu import get_kernel, native_layout, set_kernel
-from torchao_int4cpu.kernels import choice, int4_mm, int4_mm_reference, native_unavailable
-from torchao_int4cpu.kernels import native as native_module
-from torchao_int4cpu.kernels.build import EMULATE_AMX, BuildError, compile_library, source_digest
-from torchao_int4cpu.kernels.decode import decode
-from torchao_int4cpu.kernels.native import KERNELS, KERNELS_OF_LAYOUT, NativeLibrary, Unavailable
-from torchao_int4cpu.kernels.packed import PackedInt4
-from torchao_int4cpu.kernels.prefill import prefill
-from torchao_int4cpu.layout import LAYOUTS, NibbleLayout
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout
+from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
+from torchao_int4cpu.kernels import selection as choice
+from torchao_int4cpu.kernels.native import library as native_module
+from torchao_int4cpu.kernels.native.build import EMULATE_AMX, BuildError, compile_library, source_digest
+from torchao_int4cpu.kernels.native.library import (
+    KERNELS,
+    KERNELS_OF_LAYOUT,
+    NativeLibrary,
+    Unavailable,
+)
+from torchao_int4cpu.kernels.portable.decode import decode
+from torchao_int4cpu.kernels.portable.prefill import prefill
+from torchao_int4cpu.kernels.selection import int4_mm, native_unavailable
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -301,8 +307,8 @@ GUARDED = """
 import ctypes, itertools, mmap, sys, torch
 from pathlib import Path
 from tests.test_native import Variant, integers
-from torchao_int4cpu.kernels import int4_mm_reference
-from torchao_int4cpu.kernels.native import NativeLibrary
+from torchao_int4cpu.format.packed import int4_mm_reference
+from torchao_int4cpu.kernels.native.library import NativeLibrary
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -434,7 +440,8 @@ THREADS_SCRIPT = """
 import os, sys, threading, warnings, torch
 from tests.numerics import packed_in, random_groupwise
 from torchao_int4cpu import native_layout
-from torchao_int4cpu.kernels import choice, int4_mm
+from torchao_int4cpu.kernels import selection as choice
+from torchao_int4cpu.kernels.selection import int4_mm
 
 weight = packed_in(random_groupwise(2000, 2000, 32), native_layout())
 x = torch.randn(7, 2000)
@@ -566,7 +573,8 @@ def test_without_an_openmp_runtime_one_thread_is_used_and_said(
 
 def test_importing_under_another_default_device() -> None:
     script = (
-        "import torch; torch.set_default_device('meta'); import torchao_int4cpu.kernels as k; "
+        "import torch; torch.set_default_device('meta'); "
+        "from torchao_int4cpu.kernels import selection as k; "
         "print(k.native_status())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

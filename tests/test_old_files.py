@@ -3,15 +3,20 @@
 ``ATEN_CPU_CAPABILITY=avx2 python -m tests.test_old_files`` writes the set of the version in use; it is
 run once, when the format changes, and what it wrote is never touched again.
 
-Version 1 holds a matrix; version 2 a stack of two, and a transposed view of it. What version 1 can hold
-is still written as version 1, byte for byte.
+Version 1 holds a matrix; version 2 a stack of two, and a transposed view of it; version 3 all of them.
+Version 3 is one of pickles: they name the classes ``torchao_int4cpu.Int4OpaqueTensor`` and so on. What
+is not pickled says 1 or 2 still, and so do safetensors files of version 3.
+
+The modules of version 2 are pickled with the names of the modules that the classes were in then.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,11 +32,12 @@ from torchao.prototype.safetensors.safetensors_support import (
 
 from tests.numerics import assert_int4, native
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.checkpoint import FORMAT_VERSION
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.checkpoint.pickles import FORMAT_VERSION
+from torchao_int4cpu.tensor.module_repr import ExtraRepr
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 FILES = Path(__file__).parent / "fixtures"
-SETS = [f"v{version}-{layout}" for version in (1, 2) for layout in ("avx512", "avx2", "default")]
+SETS = [f"v{version}-{layout}" for version in (1, 2, 3) for layout in ("avx512", "avx2", "default")]
 
 #: One full block of each layout, and a last group that is short.
 N, K, GROUP_SIZE = 64, 40, 32
@@ -73,17 +79,28 @@ def turned() -> Int4TransposedTensor:
 
 def state_of(name: str) -> dict[str, Tensor]:
     """What the files of a set hold."""
-    if name.startswith("v1"):
-        return {"layer.weight": weight()}
-    return {"layer.weight": stack(), "layer.turned": turned()}
+    states: dict[str, dict[str, Tensor]] = {
+        "v1": {"layer.weight": weight()},
+        "v2": {"layer.weight": stack(), "layer.turned": turned()},
+        "v3": {"layer.weight": weight(), "layer.stack": stack(), "layer.turned": turned()},
+    }
+    return states[name[:2]]
 
 
-def check(loaded: object, name: str, *, view: bool = False) -> None:
+def module() -> nn.Linear:
+    """A layer with a 4-bit weight, which shows it when it is printed."""
+    layer = nn.Linear(K, N, bias=False)
+    layer.weight = nn.Parameter(weight(), requires_grad=False)
+    layer.extra_repr = ExtraRepr(layer)  # type: ignore[method-assign]
+    return layer
+
+
+def check(loaded: object, *, stacked: bool, view: bool = False) -> None:
     """Check one weight from a file of a set."""
     assert isinstance(loaded, Int4TransposedTensor if view else Int4OpaqueTensor)
-    w = loaded.back() if isinstance(loaded, Int4TransposedTensor) else loaded
+    w = loaded.untransposed() if isinstance(loaded, Int4TransposedTensor) else loaded
     assert isinstance(w, Int4OpaqueTensor)
-    expected = value() if name.startswith("v1") else stack_value()
+    expected = stack_value() if stacked else value()
     assert w.shape == expected.shape
     for matrix in [w] if w.ndim == 2 else w:
         assert_int4(matrix, (N, K), GROUP_SIZE)
@@ -99,7 +116,8 @@ def check(loaded: object, name: str, *, view: bool = False) -> None:
 def check_state(state: dict[str, Tensor], name: str) -> None:
     assert set(state) == set(state_of(name))
     for key, loaded in state.items():
-        check(loaded, name, view=key == "layer.turned")
+        stacked = key != "layer.weight" or name.startswith("v2")
+        check(loaded, stacked=stacked, view=key == "layer.turned")
 
 
 def write(folder: Path) -> None:
@@ -111,6 +129,8 @@ def write(folder: Path) -> None:
     tensors, metadata = flatten_tensor_state_dict(state)
     save_file(tensors, folder / "model.safetensors", metadata)
     state_dict_saver.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+    torch.save(module(), folder / "module.pt")
+    (folder / "module.pickle").write_bytes(pickle.dumps(module()))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -119,7 +139,7 @@ def test_torch_load(name: str, mmap: bool) -> None:
     check_state(torch.load(FILES / name / "state.pt", weights_only=True, mmap=mmap), name)
     parameter = torch.load(FILES / name / "parameter.pt", weights_only=True, mmap=mmap)
     assert isinstance(parameter, nn.Parameter)
-    check(parameter, name, view=name.startswith("v2"))
+    check(parameter, stacked=not name.startswith("v1"), view=not name.startswith("v1"))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -135,7 +155,7 @@ def test_safetensors(name: str) -> None:
 def test_distributed_checkpoint(name: str) -> None:
     state = state_of(name)
     for t in state.values():
-        empty = t.back() if isinstance(t, Int4TransposedTensor) else t
+        empty = t.untransposed() if isinstance(t, Int4TransposedTensor) else t
         assert isinstance(empty, Int4OpaqueTensor)
         empty.qdata.zero_()
         empty.scale_and_zero.zero_()
@@ -144,13 +164,50 @@ def test_distributed_checkpoint(name: str) -> None:
     check_state(state, name)
 
 
-def test_a_matrix_is_written_as_before_byte_for_byte(tmp_path: Path) -> None:
-    """Whoever reads version 1 reads it. DCP's file is left out, which holds the time."""
-    old = FILES / f"v1-{native().name}"
+@pytest.mark.parametrize("name", [name for name in SETS if not name.startswith("v1")])
+def test_whole_modules(name: str) -> None:
+    """Also those of version 2, whose modules lay elsewhere."""
+    folder = FILES / name
+    old = name.startswith("v2")
+    assert (b"torchao_int4cpu.module_repr" in (folder / "module.pickle").read_bytes()) == old
+    with torch.serialization.safe_globals([nn.Linear]):
+        safe = torch.load(folder / "module.pt", weights_only=True)
+    whole = torch.load(folder / "module.pt", weights_only=False)
+    for layer in (safe, whole, pickle.loads((folder / "module.pickle").read_bytes())):
+        check(layer.weight, stacked=False)
+        assert isinstance(layer.extra_repr, ExtraRepr)
+        assert "weight=Int4OpaqueTensor(shape=[64, 40]" in repr(layer)
+
+
+def test_pickles_name_the_package_and_no_module_of_it() -> None:
+    for name in SETS:
+        text = pickled(FILES / name / "parameter.pt")
+        assert (b"ctorchao_int4cpu.t" not in text) == name.startswith("v3"), name
+
+
+def test_files_are_written_as_before(tmp_path: Path) -> None:
+    """Whoever reads the version in use reads them; what torch writes around pickles is its own."""
+    old = FILES / f"v{FORMAT_VERSION}-{native().name}"
     new = tmp_path / old.name
     write(new)
     for file in ("state.pt", "parameter.pt"):
-        assert (new / file).read_bytes() == (old / file).read_bytes(), file
+        assert pickled(new / file) == pickled(old / file), file
+    assert_same_safetensors(new, old)
+
+
+def test_a_matrix_in_safetensors_is_written_as_in_version_1(tmp_path: Path) -> None:
+    old = FILES / f"v1-{native().name}"
+    write(tmp_path / old.name)
+    assert_same_safetensors(tmp_path / old.name, old)
+
+
+def pickled(file: Path) -> bytes:
+    with zipfile.ZipFile(file) as records:
+        (name,) = (name for name in records.namelist() if name.endswith("/data.pkl"))
+        return records.read(name)
+
+
+def assert_same_safetensors(new: Path, old: Path) -> None:
     raw, before = ((folder / "model.safetensors").read_bytes() for folder in (new, old))
     length = 8 + int.from_bytes(raw[:8], "little")
     assert json.loads(raw[8:length]) == json.loads(before[8:length])  # in any order
@@ -169,9 +226,11 @@ def test_the_sets_really_lie_in_the_layout_that_they_are_named_after() -> None:
     for name in SETS:
         with safe_open(FILES / name / "model.safetensors", "pt") as file:
             stored[name] = file.get_tensor("layer._weight_qdata").flatten()
-            assert f'"qdata_layout": "{name.partition("-")[2]}"' in file.metadata()["layer.weight"]
-            assert f'"format_version": {name[1]}' in file.metadata()["layer.weight"]
-    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS)
+            written = json.loads(file.metadata()["layer.weight"])["_data"]
+        assert written["qdata_layout"] == name.partition("-")[2]
+        assert written["format_version"] == (2 if name.startswith("v2") else 1)
+    # Version 3 has the matrix of version 1.
+    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS) - 3
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ def test_public_names() -> None:
     assert sorted(torchao_int4cpu.__all__) == [
         "GroupwiseInt4",
         "Int4OpaqueTensor",
+        "Int4TransposedTensor",
         "Int4WeightOnlyConfig",
         "__version__",
         "get_kernel",
         "load_prototype",
+        "load_torchao_checkpoint",
         "native_layout",
         "set_kernel",
     ]

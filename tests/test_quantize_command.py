@@ -21,7 +21,7 @@ from tests.test_huggingface import int4_names, llama, written
 from tests.test_old_files import FILES
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli
-from torchao_int4cpu.inspection import inspect
+from torchao_int4cpu.checkpoint.inspect import inspect
 
 
 def test_the_real_sentence_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(
     out = tmp_path / "out"
     small_shards = """
 import sys
-from torchao_int4cpu import quantize_directory, __main__
+from torchao_int4cpu import __main__
+from torchao_int4cpu.convert import directory as quantize_directory
 quantize_directory.SHARD_BYTES = 1
 sys.exit(__main__.main(sys.argv[1:]))
 """

@@ -39,12 +39,13 @@ from tests.test_huggingface import (
     logits,
     written,
 )
-from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, quantize_directory
-from torchao_int4cpu.choose_qparams import choose_qparams
-from torchao_int4cpu.directory_plan import Plan, make_plan
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.checkpoint.inspect import inspect
+from torchao_int4cpu.convert import directory as quantize_directory
+from torchao_int4cpu.convert.directory import Report, sqnr
+from torchao_int4cpu.convert.plan import Plan, make_plan
 from torchao_int4cpu.extras import MissingExtra
-from torchao_int4cpu.inspection import inspect
-from torchao_int4cpu.quantize_directory import Report, sqnr
 
 CONFIG = Int4WeightOnlyConfig(group_size=32)
 
@@ -362,8 +363,9 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torchao_int4cpu
-from torchao_int4cpu import Int4WeightOnlyConfig, quantize_directory
-from torchao_int4cpu.directory_plan import make_plan
+from torchao_int4cpu import Int4WeightOnlyConfig
+from torchao_int4cpu.convert import directory as quantize_directory
+from torchao_int4cpu.convert.plan import make_plan
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,9 +19,11 @@ from torchao.prototype.safetensors.safetensors_support import (
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tests.numerics import assert_int4, native, random_groupwise
-from torchao_int4cpu import Int4OpaqueTensor, safetensors_format
-from torchao_int4cpu.layout import LAYOUTS, layout_named, repack
-from torchao_int4cpu.safetensors_format import TYPE_NAME, crc32, part_key
+from torchao_int4cpu import Int4OpaqueTensor
+from torchao_int4cpu.checkpoint import safetensors as safetensors_format
+from torchao_int4cpu.checkpoint.safetensors import TYPE_NAME, crc32, part_key
+from torchao_int4cpu.format.layout import LAYOUTS, layout_named
+from torchao_int4cpu.format.slicing import repack
 
 
 def weight(**options: Any) -> Int4OpaqueTensor:
@@ -97,7 +99,7 @@ def test_loading_repacks(layout: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"format_version": 3}, "format_version=3; .* install a newer one"),
+        ({"format_version": 4}, "format_version=4; .* install a newer one"),
         ({"format_version": None}, "format_version=None"),
         ({"format_version": "1"}, "format_version='1'"),
         ({"qdata_layout": "avx1024"}, "layout 'avx1024' is not known"),
@@ -144,7 +146,7 @@ def test_stacks_and_transposed_views(view: bool, scale: Tensor | None) -> None:
         ({"transposed": 1}, "transposed=1; it must be true or absent"),
         ({"transposed": "true"}, "transposed='true'; it must be true or absent"),
         ({"transposed": []}, r"transposed=\[\]; it must be true or absent"),
-        ({"shape": [3, 80, 70]}, r"a weight of shape \[3, 80, 70\] needs"),
+        ({"shape": [3, 80, 70]}, r"a weight of shape \[3, 80, 70\] in groups of 32 needs"),
         ({"shape": [2**60, 80, 70]}, "needs"),
         ({"shape": [160, 70]}, "block_size is"),
         ({"block_size": [1, 32]}, "block_size is .*; it must be .1, 1, group_size"),

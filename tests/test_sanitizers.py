@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_native import OTHER_LIBRARY
-from torchao_int4cpu.kernels.build import EMULATE_AMX, SANITIZE, BuildError, compile_library
+from torchao_int4cpu.kernels.native.build import EMULATE_AMX, SANITIZE, BuildError, compile_library
 
 CASES = "bound or exact or special or disturb or finite or infinite or shape or unaligned or once"
 

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchao_int4cpu import slicing
-from torchao_int4cpu.layout import LAYOUTS, NibbleLayout, layout_named, pack, unpack
-from torchao_int4cpu.slicing import (
-    Rows,
+from torchao_int4cpu.format import slicing
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, layout_named, pack, unpack
+from torchao_int4cpu.format.slicing import (
+    PackedRows,
     at_border,
     cut_columns,
     join_columns,
     join_rows,
-    traceable_join_rows,
     write_columns,
     write_rows,
 )
+from torchao_int4cpu.kernels.ops.slicing import traceable_join_rows
 
 layouts = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
 any_layout = st.sampled_from(list(LAYOUTS.values()))
@@ -37,8 +37,8 @@ def padded(codes: Tensor) -> Tensor:
     return torch.cat([codes, below])
 
 
-def packed_rows(codes: Tensor, layout: NibbleLayout, start: int, stop: int) -> Rows:
-    return Rows(pack(padded(codes), layout), layout, len(codes), start, stop)
+def packed_rows(codes: Tensor, layout: NibbleLayout, start: int, stop: int) -> PackedRows:
+    return PackedRows(pack(padded(codes), layout), layout, len(codes), start, stop)
 
 
 @pytest.fixture(params=[None, 64, 5000], ids=["at once", "2 columns", "some columns"])

@@ -15,8 +15,9 @@ from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
 from tests.numerics import assert_int4, native, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
-from torchao_int4cpu.choose_qparams import choose_qparams
-from torchao_int4cpu.layout import LAYOUTS, layout_named, repack
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.format.layout import LAYOUTS, layout_named
+from torchao_int4cpu.format.slicing import repack
 
 
 @given(
@@ -92,7 +93,7 @@ def test_from_upstream_refuses_other_things() -> None:
     upstream = Prototype.from_hp(w, [1, 32])
     with pytest.raises(TypeError, match=r"got a torch\.Tensor; from_upstream converts torchao"):
         Int4OpaqueTensor.from_upstream(w, layout="avx512")
-    with pytest.raises(TypeError, match=r"got a torchao_int4cpu\.tensor\.Int4OpaqueTensor"):
+    with pytest.raises(TypeError, match=r"got a torchao_int4cpu\.Int4OpaqueTensor"):
         Int4OpaqueTensor.from_upstream(Int4OpaqueTensor.from_hp(w, [1, 32]), layout="avx512")
     with pytest.raises(ValueError, match="layout 'sse' is not known"):
         Int4OpaqueTensor.from_upstream(upstream, layout="sse")

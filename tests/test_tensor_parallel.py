@@ -28,8 +28,8 @@ from torchao.quantization import quantize_
 from tests.numerics import UNIT, native, packed_in, product_bound, random_groupwise
 from tests.processes import Ranks, in_ranks, raises
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.dispatch.collectives import _receive
-from torchao_int4cpu.kernels import int4_mm_reference
+from torchao_int4cpu.distributed.collectives import _receive
+from torchao_int4cpu.format.packed import int4_mm_reference
 
 GROUP = 32
 

@@ -35,9 +35,10 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 
 from tests.numerics import assert_int4, assert_product, native, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.choose_qparams import choose_qparams
-from torchao_int4cpu.layout import LAYOUTS, layout_named, repack
-from torchao_int4cpu.upstream import (
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.format.layout import LAYOUTS, layout_named
+from torchao_int4cpu.format.slicing import repack
+from torchao_int4cpu.importers.torchao import (
     AFFINE_IMPL_PATH,
     AFFINE_PATH,
     PROTOTYPE_PATHS,

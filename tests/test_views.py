@@ -19,8 +19,8 @@ from tests.numerics import UNIT
 from tests.weights import ALL_LAYOUTS, random_weight
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.dispatch import copies
-from torchao_int4cpu.layout import LAYOUTS
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.format.layout import LAYOUTS
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -454,7 +454,7 @@ def assert_same_weight(a: Any, b: Any) -> None:
         assert torch.equal(a, b)
         return
     if isinstance(a, Int4TransposedTensor):
-        a, b = a.back(), b.back()
+        a, b = a.untransposed(), b.untransposed()
     assert torch.equal(a.qdata, b.qdata)
     assert torch.equal(a.scale_and_zero, b.scale_and_zero)
     assert a.read_only == b.read_only

@@ -1,13 +1,14 @@
 """The life of a torchao weight in vLLM 0.32, as plain torch calls: allocate, load, process, multiply.
 
 Each function is one of vLLM's, by name and by what it does; nothing here imports vLLM. They are put
-into a module of the name that vLLM's has, because that and the names of the functions are how we know
-the one call that gives us memory which nobody has written yet.
+into a module of the name that vLLM's has, with the method that we patch there: it is the one call that
+gives us memory which nobody has written yet.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from torchao.quantization import quantize_
 
 from tests.numerics import assert_int4, assert_product, native
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
-from torchao_int4cpu.call_site import VLLM_MODULE
+from torchao_int4cpu.integrations import vllm as patch
 
 CONFIG = Int4WeightOnlyConfig(group_size=32)
 HIDDEN = 96
@@ -120,8 +121,13 @@ OURS = (torchao_quantize_param_data, create_weights, process_weights_after_loadi
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = in_module(VLLM_MODULE, *OURS)
-    monkeypatch.setitem(sys.modules, VLLM_MODULE, module)
+    """The module, patched as `torchao_int4cpu` patches it: its method allocates, and nothing else."""
+    module = in_module(patch.MODULE, *OURS)
+    method = type("TorchAOLinearMethod", (), {"create_weights": staticmethod(module.create_weights)})
+    module.TorchAOLinearMethod = method
+    monkeypatch.setitem(sys.modules, patch.MODULE, module)
+    importlib.reload(patch)
+    module.create_weights = method.create_weights  # type: ignore[attr-defined]
     return module
 
 

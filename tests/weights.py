@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.numerics import random_groupwise
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.layout import LAYOUTS, layout_named, pack
+from torchao_int4cpu.format.layout import LAYOUTS, layout_named, pack
 
 ALL_LAYOUTS = sorted(LAYOUTS)
 

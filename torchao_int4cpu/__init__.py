@@ -1,27 +1,34 @@
 """4-bit weights for PyTorch models on ordinary CPUs, through torchao's `quantize_`.
 
 Importing this package makes torchao's configs understand ``"opaque"`` and makes saved 4-bit weights
-loadable. The names below are the public ones.
+loadable. The names in ``__all__`` are the public ones.
 """
 
-from torchao_int4cpu import checkpoint, dispatch, safetensors_format  # imported for what they register
-from torchao_int4cpu.config import Int4WeightOnlyConfig
-from torchao_int4cpu.groupwise import GroupwiseInt4
-from torchao_int4cpu.kernels import get_kernel, set_kernel
-from torchao_int4cpu.layout import native_layout
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.upstream import load_prototype
+# These are imported for what they register.
+from torchao_int4cpu import dispatch
+from torchao_int4cpu.checkpoint import pickles, safetensors
+from torchao_int4cpu.distributed import collectives, fsdp
+from torchao_int4cpu.format.groupwise import GroupwiseInt4
+from torchao_int4cpu.format.layout import native_layout
+from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
+from torchao_int4cpu.integrations import transformers, vllm
+from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
+from torchao_int4cpu.tensor.module_repr import ExtraRepr as ExtraRepr  # pickles name it here
 from torchao_int4cpu.version import __version__
 
 __all__ = [
     "GroupwiseInt4",
     "Int4OpaqueTensor",
+    "Int4TransposedTensor",
     "Int4WeightOnlyConfig",
     "__version__",
     "get_kernel",
     "load_prototype",
+    "load_torchao_checkpoint",
     "native_layout",
     "set_kernel",
 ]
 
-del checkpoint, dispatch, safetensors_format
+del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm

@@ -16,9 +16,9 @@ from tests.corruptions.pickles import Call, bare, forged, odd_values, pt, wrappe
 from tests.corruptions.safetensors import good_tensors, odd_json, typed, written
 from tests.test_old_files import GROUP_SIZE, K, N, stack, turned, weight
 from torchao_int4cpu import Int4OpaqueTensor
-from torchao_int4cpu.checkpoint import get_state, get_state_of_view
-from torchao_int4cpu.safetensors_format import TYPE_NAME, metadata_of
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.checkpoint.pickles import get_state, get_state_of_view
+from torchao_int4cpu.checkpoint.safetensors import TYPE_NAME, metadata_of
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 #: Matrices in the stack.
 E = 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.corruptions.case import EITHER, KEPT, REFUSED, Case, Family
 from tests.test_old_files import GROUP_SIZE, K, N, value, weight
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.checkpoint import get_state
+from torchao_int4cpu.checkpoint.pickles import get_state
 
 PARTS = ("qdata", "scale_and_zero", "act_pre_scale")
 
@@ -357,9 +357,9 @@ def _states_of_a_parameter() -> Iterator[dict[str, object]]:
     for data in (bare(shape=(2**20, K)), bare(shape=(N, 2**20)), taller):
         yield {"data": data}
     less = good | {"scale_and_zero": scale_and_zero[:1]}
-    for namespace in ({}, {"qdata": qdata}, less, less | {"_fits": True}):
+    for namespace in ({}, {"qdata": qdata}, less, less | {"_packed": True}):
         yield {"__dict__": namespace}
-    yield {"qdata": qdata[:1], "_fits": True}
+    yield {"qdata": qdata[:1], "_packed": True}
 
 
 def late() -> Iterator[Case]:

@@ -15,7 +15,7 @@ from torchao.prototype.safetensors import safetensors_utils
 from tests.corruptions.case import EITHER, KEPT, REFUSED, Case, Family
 from tests.test_old_files import GROUP_SIZE, K, N, value, weight
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.safetensors_format import TYPE_NAME, metadata_of, part_key, parts_of
+from torchao_int4cpu.checkpoint.safetensors import TYPE_NAME, metadata_of, part_key
 
 PARTS = ("qdata", "scale_and_zero", "act_pre_scale")
 
@@ -51,7 +51,7 @@ def written(
 
 
 def good_tensors(t: Int4OpaqueTensor | None = None, module: str = "layer") -> dict[str, Tensor]:
-    parts = parts_of(weight() if t is None else t)
+    parts = (weight() if t is None else t).parts()
     return {part_key(f"{module}.weight", name): part for name, part in parts.items()}
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from torchao_int4cpu import bench, plot
+from torchao_int4cpu.bench import layers as bench
+from torchao_int4cpu.bench import plot
 from torchao_int4cpu.commands import bench_model, bench_moe, bench_views
 from torchao_int4cpu.commands.environment import cpu_name, environment
 from torchao_int4cpu.commands.options import DTYPES, Commands, shape
-from torchao_int4cpu.groupwise import GROUP_SIZES
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
 
 
 def add_to(commands: Commands) -> None:

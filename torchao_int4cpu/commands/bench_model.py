@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from torchao_int4cpu import bench_model
-from torchao_int4cpu.choose_qparams import ALGORITHMS
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
+from torchao_int4cpu.bench import model as bench_model
 from torchao_int4cpu.commands.environment import environment
-from torchao_int4cpu.commands.steps import Steps
-from torchao_int4cpu.config import Int4WeightOnlyConfig
+from torchao_int4cpu.commands.progress import Steps
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 #: Options of bench that mean something only with --model, and only without.
 MODEL_OPTIONS = ("dim", "ffn", "layers", "vocab", "prompt_tokens", "new_tokens", "algorithm")

@@ -6,7 +6,8 @@ import argparse
 import json
 from dataclasses import asdict, fields
 
-from torchao_int4cpu import bench, bench_moe
+from torchao_int4cpu.bench import experts as bench_moe
+from torchao_int4cpu.bench import layers as bench
 from torchao_int4cpu.commands.environment import environment
 from torchao_int4cpu.commands.options import DTYPES, shape
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from torchao_int4cpu import bench_views
+from torchao_int4cpu.bench import views as bench_views
 from torchao_int4cpu.commands.environment import environment
 
 

@@ -6,12 +6,12 @@ import argparse
 
 import torch
 
-from torchao_int4cpu import demo
-from torchao_int4cpu.choose_qparams import ALGORITHMS
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
+from torchao_int4cpu.bench import demo
 from torchao_int4cpu.commands.options import Commands
-from torchao_int4cpu.commands.steps import Steps
-from torchao_int4cpu.config import Int4WeightOnlyConfig
-from torchao_int4cpu.groupwise import GROUP_SIZES
+from torchao_int4cpu.commands.progress import Steps
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 DEFAULT_PROMPT = (
     "The lighthouse keeper climbed the stairs every evening, because the ships that passed the cape "

@@ -7,8 +7,8 @@ import platform
 import torch
 import torchao
 
-from torchao_int4cpu.kernels import get_kernel, native_status
-from torchao_int4cpu.layout import native_layout
+from torchao_int4cpu.format.layout import native_layout
+from torchao_int4cpu.kernels.selection import get_kernel, native_status
 from torchao_int4cpu.version import __version__
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from torchao_int4cpu.commands.environment import environment
 from torchao_int4cpu.commands.options import Commands
-from torchao_int4cpu.kernels import kernel_choices
+from torchao_int4cpu.kernels.selection import kernel_choices
 
 
 def add_to(commands: Commands) -> None:

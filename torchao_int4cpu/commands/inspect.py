@@ -6,9 +6,9 @@ import argparse
 import collections
 from pathlib import Path
 
+from torchao_int4cpu.checkpoint.inspect import Contents, inspect
 from torchao_int4cpu.commands.options import Commands
-from torchao_int4cpu.inspection import Contents, inspect
-from torchao_int4cpu.layout import native_layout
+from torchao_int4cpu.format.layout import native_layout
 
 
 def add_to(commands: Commands) -> None:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchao_int4cpu.choose_qparams import ALGORITHMS
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.commands.options import DTYPES, Commands
-from torchao_int4cpu.config import Int4WeightOnlyConfig
-from torchao_int4cpu.directory_plan import Plan, make_plan
+from torchao_int4cpu.convert.directory import Done, Progress, Report, quantize_directory
+from torchao_int4cpu.convert.plan import Plan, make_plan
 from torchao_int4cpu.extras import import_extra
-from torchao_int4cpu.groupwise import GROUP_SIZES
-from torchao_int4cpu.quantize_directory import Done, Progress, Report, quantize_directory
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 
 def add_to(commands: Commands) -> None:

@@ -3,119 +3,159 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchao_int4cpu.dispatch.table import (
-    Args,
-    Kwargs,
-    Weight,
     implements,
     implements_function,
+    implements_on_weight,
     on_weight,
 )
-from torchao_int4cpu.groupwise import CODE_OFFSET
-from torchao_int4cpu.parts import legal_pieces
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor, Int4Weight, weight_of
+from torchao_int4cpu.dispatch.transposition import aliased
+from torchao_int4cpu.format.groupwise import CODE_OFFSET
+from torchao_int4cpu.format.slicing import legal_pieces
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten
 
+#: What a part becomes on a device.
+Convert = Callable[[Tensor, torch.device], Tensor]
 
-@implements([aten._to_copy.default])
-@on_weight
+
+@implements_on_weight(aten._to_copy.default)
 def handle_to_copy(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    t: Int4OpaqueTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: torch.memory_format | None = None,
 ) -> Int4OpaqueTensor:
     """``.to``, ``.half``, ``.float``, ``.bfloat16``: change the logical dtype, or go to 'meta'."""
-    return _converted(args[0], kwargs, lambda part, device: part.to(device=device, copy=True))
+    return _converted(t, dtype, device, lambda part, device: part.to(device=device, copy=True))
 
 
-@implements([aten.dequantize.self])
-def handle_dequantize(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.to.dtype_layout)
+def handle_to_dtype_layout(
+    t: Int4Weight,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    copy: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """``.to`` as ``module.to_empty`` and others spell it; the weight itself if nothing changes."""
+    if not copy and dtype in (None, t.dtype) and device in (None, t.device):
+        return t
+    converted: Tensor = aten._to_copy.default(t, dtype=dtype, device=device)
+    return converted
+
+
+@implements(aten.dequantize.self)
+def handle_dequantize(t: Int4Weight) -> Tensor:
     """`torch.dequantize`: the only op that gives the whole weight as a plain tensor."""
-    weight: Weight = args[0]
-    return weight.dense()
+    return t.dense()
 
 
-@implements([aten._assert_tensor_metadata.default])
+@implements(aten._assert_tensor_metadata.default)
 def handle_assert_tensor_metadata(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    t: Int4Weight,
+    size: Any = None,
+    stride: Any = None,
+    dtype: torch.dtype | None = None,
+    *,
+    device: Any = None,
+    layout: Any = None,
 ) -> None:
     """What `torch.export` puts before each ``to``. The logical dtype is all that can differ."""
-
-    def check(
-        t: Tensor,
-        size: Any = None,
-        stride: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        device: Any = None,
-        layout: Any = None,
-    ) -> None:
-        if dtype not in (None, t.dtype):
-            raise ValueError(
-                f"an exported program got a 4-bit weight of dtype {t.dtype} that was {dtype} when it "
-                "was exported; export it again"
-            )
-
-    check(*args, **kwargs)
+    if dtype not in (None, t.dtype):
+        raise ValueError(
+            f"an exported program got a 4-bit weight of dtype {t.dtype} that was {dtype} when it "
+            "was exported; export it again"
+        )
 
 
-@implements_function([torch.Tensor.cuda, torch.Tensor.xpu])
-def handle_accelerator(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> None:
-    """``.cuda()`` and ``.xpu()`` would ask the driver before they ask us."""
-    raise _wrong_device(func.__name__)
+@implements_function(torch.Tensor.cuda)
+def handle_cuda(t: Int4Weight, *args: Any, **kwargs: Any) -> None:
+    """``.cuda()`` would ask the driver before it asks us."""
+    raise _wrong_device("cuda")
 
 
-@implements_function([torch.Tensor.to])
-def handle_to(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
-    """``.to("cuda")`` would, too, ask the driver first; everything else goes on to `handle_to_copy`."""
-    target = kwargs.get("device", args[1] if len(args) > 1 else None)
+@implements_function(torch.Tensor.xpu)
+def handle_xpu(t: Int4Weight, *args: Any, **kwargs: Any) -> None:
+    """``.xpu()`` would, too."""
+    raise _wrong_device("xpu")
+
+
+@implements_function(torch.Tensor.to)
+def handle_to(t: Int4Weight, *args: Any, **kwargs: Any) -> Tensor:
+    """``.to("cuda")`` would, too; everything else goes on to `handle_to_copy`."""
+    target = kwargs.get("device", args[0] if args else None)
     if isinstance(target, (str, torch.device)) and torch.device(target).type not in ("cpu", "meta"):
         raise _wrong_device(target)
-    result: Tensor = func(*args, **kwargs)
-    return result
+    converted: Tensor = t.to(*args, **kwargs)
+    return converted
+
+
+@implements_function(torch._has_compatible_shallow_copy_type)
+def handle_has_compatible_shallow_copy_type(a: Tensor, b: Tensor) -> bool:
+    """Whether ``module.to`` may put one into the place of the other by ``.data``."""
+    return type(a) is type(b) and a.shape == b.shape
 
 
 _SET_REQUIRES_GRAD: Any = torch.Tensor.requires_grad  # annotated as bool; it is a descriptor
 
 
-@implements_function([torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD.__set__])
-def handle_requires_grad_(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
-) -> Int4OpaqueTensor:
+@implements_function(torch.Tensor.requires_grad_, _SET_REQUIRES_GRAD.__set__)
+def handle_requires_grad_(t: Int4Weight, requires_grad: bool = True) -> Int4Weight:
     """Stay frozen, so that ``requires_grad`` tells the truth to optimizers and to whoever counts.
 
     `torch.nn.Parameter` asks for a gradient by default, and transformers does so for what it loads:
     that is no wish of the user. To ask a parameter for one is, and gets a warning.
     """
-    weight: Int4OpaqueTensor = args[0]
-    wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    if wanted and isinstance(weight, torch.nn.Parameter):
+    if requires_grad and isinstance(t, torch.nn.Parameter):
         warnings.warn(
             "a 4-bit weight stays frozen whatever requires_grad is set to; "
             "train an adapter beside it (LoRA), or the original weight",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return weight
+    return t
 
 
-@implements([aten.empty_like.default])
-@on_weight
+@implements_on_weight(aten.empty_like.default)
 def handle_empty_like(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    t: Int4OpaqueTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> Int4OpaqueTensor:
     """`torch.empty_like`, which ``module.to_empty(device=...)`` calls."""
-    return _converted(args[0], kwargs, lambda part, device: _empty_like(part, device))
+    return _converted(t, dtype, device, _empty_like)
 
 
-@implements([aten.new_zeros.default, aten.new_empty.default])
-def handle_new_zeros(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Int4Weight:
+@implements(aten.new_zeros.default)
+def handle_new_zeros(
+    t: Int4Weight,
+    size: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Int4Weight:
     """``new_zeros(size)``: a 4-bit weight of that size in the groups of this one, every number 0.
 
     It is made to be filled piece by piece, as sharding code does: whatever is copied into a cut of it
@@ -124,33 +164,69 @@ def handle_new_zeros(func: Callable[..., Any], types: Args, args: Args, kwargs: 
     Raises:
         ValueError: the size has no element.
     """
-    t, size = args[0], list(args[1])
+    return _zeros("new_zeros", t, list(size), dtype, device)
+
+
+@implements(aten.new_empty.default)
+def handle_new_empty(
+    t: Int4Weight,
+    size: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Int4Weight:
+    """``new_empty(size)``: as `handle_new_zeros`."""
+    return _zeros("new_empty", t, list(size), dtype, device)
+
+
+def _zeros(
+    name: str,
+    t: Int4Weight,
+    size: list[int],
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> Int4Weight:
     if 0 in size or len(size) not in (2, 3):
-        raise ValueError(_empty(t, f"{func.__name__.split('.')[0]} got size {size}"))
-    transposed = isinstance(t, Int4TransposedTensor)
+        raise ValueError(_no_empty_message(t, f"{name} got size {size}"))
     weight = weight_of(t)
-    if transposed:
+    if isinstance(t, Int4TransposedTensor):
         size[-1], size[-2] = size[-2], size[-1]
-    device = torch.device(kwargs.get("device") or weight.device)
-    if device.type not in ("cpu", "meta"):
-        raise _wrong_device(device)
-    dtype = kwargs.get("dtype") or weight.dtype
-    scale = weight.act_pre_scale
-    if scale is not None:  # of its own: what is copied into the new weight changes it
-        shape = size[-1:] if scale.numel() > 1 else scale.shape
-        scale = scale.new_ones(shape, device=device)
-    new = Int4OpaqueTensor.empty(size, weight.group_size, dtype, device=device, act_pre_scale=scale)
-    new.qdata.fill_(CODE_OFFSET * 17)  # both nibbles
-    new.scale_and_zero.zero_()
-    new.filled_by_cuts = True
-    return Int4TransposedTensor(new) if transposed else new
+    zeros = zeros_like(weight, size, dtype, torch.device(device or weight.device))
+    return Int4TransposedTensor(zeros) if isinstance(t, Int4TransposedTensor) else zeros
 
 
-def _empty(t: Int4Weight, got: str) -> str:
+def zeros_like(
+    weight: Int4OpaqueTensor, shape: list[int], dtype: torch.dtype | None, device: torch.device
+) -> Int4OpaqueTensor:
+    """Zeros of another shape in the groups of ``weight``, to be filled by cuts.
+
+    Optional parts are those that ``weight`` has, of their own: what is copied into the new one changes
+    them.
+    """
+    _check_device(device)
+    optional = {}
+    for part in weight.PARTS:
+        of_weight = getattr(weight, part.name)
+        if part.optional and of_weight is not None:
+            entries = shape[-1:] if of_weight.numel() > 1 else of_weight.shape
+            optional[part.name] = of_weight.new_full(entries, part.default, device=device)
+    empty = type(weight).empty(shape, weight.group_size, dtype or weight.dtype, device=device)
+    zeros = empty.with_parts(
+        empty.parts() | optional, shape, provenance=Provenance(filled_by_cuts=True)
+    )
+    zeros.qdata.fill_(CODE_OFFSET * 17)  # both nibbles
+    zeros.scale_and_zero.zero_()
+    return zeros
+
+
+def _no_empty_message(t: Int4Weight, got: str) -> str:
     """Say that a weight cannot be empty, as sharding code asks for where a process gets no piece."""
-    if t.split_from is None:
+    split_from = t.split_from if isinstance(t, Int4TransposedTensor) else t.provenance.split_from
+    if split_from is None:
         return f"{got}; a 4-bit weight is [N, K] or [E, N, K], and none of them 0, so leave it out"
-    dim, total = t.split_from
+    dim, total = split_from
     size = t.shape[dim]
     weight = weight_of(t)
     along_k = dim == t.ndim - (2 if t is not weight else 1)
@@ -162,81 +238,53 @@ def _empty(t: Int4Weight, got: str) -> str:
     )
 
 
-@implements([aten.is_pinned.default])
-@on_weight
-def handle_is_pinned(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
+@implements_on_weight(aten.is_pinned.default)
+def handle_is_pinned(t: Int4OpaqueTensor, device: torch.device | None = None) -> bool:
     """``is_pinned``, which `torch.distributed.checkpoint` asks before it saves."""
-    pinned: bool = args[0].qdata.is_pinned()
-    return pinned
+    return t.qdata.is_pinned()
 
 
-@implements([aten.pin_memory.default, aten._pin_memory.default])
-def handle_pin_memory(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> None:
+@implements(aten.pin_memory.default, aten._pin_memory.default)
+def handle_pin_memory(t: Int4Weight, device: torch.device | None = None) -> None:
     """Refuse: pinned memory serves copies to an accelerator."""
     raise ValueError(
         "a 4-bit CPU weight cannot be pinned; it never leaves the CPU, so leave pin_memory out"
     )
 
 
-@implements([aten.detach.default, aten.alias.default])
-@on_weight
-def handle_detach(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
-) -> Int4OpaqueTensor:
+@implements(aten.detach.default, aten.alias.default)
+def handle_detach(t: Int4Weight) -> Int4Weight:
     """``detach``, ``.data``: the same parts in another tensor."""
-    return alias(func, args, kwargs)
+    return aliased(t)
 
 
-@implements([aten.clone.default])
-@on_weight
-def handle_clone(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Int4OpaqueTensor:
+@implements_on_weight(aten.clone.default)
+def handle_clone(
+    t: Int4OpaqueTensor, *, memory_format: torch.memory_format | None = None
+) -> Int4OpaqueTensor:
     """``clone``: parts of its own, one byte behind the other."""
-    t: Int4OpaqueTensor = args[0]
-    return _converted(t, {}, lambda part, device: part.clone(memory_format=torch.contiguous_format))
+    return _converted(
+        t, None, None, lambda part, device: part.clone(memory_format=torch.contiguous_format)
+    )
 
 
-@implements([aten.contiguous.default])
-@on_weight
+@implements_on_weight(aten.contiguous.default)
 def handle_contiguous(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    t: Int4OpaqueTensor, *, memory_format: torch.memory_format | None = None
 ) -> Int4OpaqueTensor:
     """``contiguous``: the weight itself where its bytes follow each other, else a copy."""
-    t: Int4OpaqueTensor = args[0]
     if t.qdata.is_contiguous() and t.scale_and_zero.is_contiguous():
         return t
-    return handle_clone(aten.clone.default, types, (t,), {})
+    return handle_clone(t)
 
 
-@implements_function([torch.Tensor.contiguous])
+@implements_function(torch.Tensor.contiguous)
 def handle_contiguous_function(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    t: Int4Weight, memory_format: torch.memory_format | None = None
 ) -> Tensor:
     """``.contiguous()``, which torch answers by itself, by the strides of the outer tensor."""
-    made: Tensor = handle_contiguous(aten.contiguous.default, types, args[:1], {})
+    made: Tensor = on_weight(t, handle_contiguous)
     return made
-
-
-def alias(func: Any, args: Args, kwargs: Kwargs) -> Int4OpaqueTensor:
-    """`same_parts`, as the output of a view op."""
-    viewed: Int4OpaqueTensor = return_and_correct_aliasing(func, args, kwargs, same_parts(args[0]))
-    return viewed
-
-
-def same_parts(t: Int4OpaqueTensor) -> Int4OpaqueTensor:
-    """The same parts in another tensor."""
-    new = Int4OpaqueTensor(
-        t.qdata.detach(),
-        t.scale_and_zero.detach(),
-        t.block_size,
-        t.shape,
-        t.qdata_layout,
-        t.dtype,
-        None if t.act_pre_scale is None else t.act_pre_scale.detach(),
-        t.read_only,
-    )
-    new.filled_by_cuts, new.cut_from = t.filled_by_cuts, t.cut_from
-    new.split_from, new.gathered = t.split_from, t.gathered
-    return new
 
 
 def _empty_like(part: Tensor, device: torch.device) -> Tensor:
@@ -244,22 +292,23 @@ def _empty_like(part: Tensor, device: torch.device) -> Tensor:
 
 
 def _converted(
-    t: Int4OpaqueTensor, kwargs: Kwargs, convert: Callable[[Tensor, torch.device], Tensor]
+    t: Int4OpaqueTensor, dtype: torch.dtype | None, device: torch.device | None, convert: Convert
 ) -> Int4OpaqueTensor:
-    """A tensor of converted parts, with the ``device`` and the logical ``dtype`` of ``kwargs``."""
-    device = torch.device(kwargs.get("device") or t.device)
+    """A weight of converted parts, with another logical ``dtype`` or ``device`` if given."""
+    device = torch.device(device or t.device)
+    _check_device(device)
+    parts = {}
+    for part in t.PARTS:
+        of_weight = getattr(t, part.name)
+        if of_weight is not None:
+            converted = convert(of_weight, device)
+            parts[part.name] = converted if part.optional else converted.contiguous()
+    return t.with_parts(parts, t.shape, dtype=dtype)
+
+
+def _check_device(device: torch.device) -> None:
     if device.type not in ("cpu", "meta"):
         raise _wrong_device(device)
-    scale = t.act_pre_scale
-    return Int4OpaqueTensor(
-        convert(t.qdata, device).contiguous(),
-        convert(t.scale_and_zero, device).contiguous(),
-        t.block_size,
-        t.shape,
-        t.qdata_layout,
-        kwargs.get("dtype") or t.dtype,
-        None if scale is None else convert(scale, device),
-    )
 
 
 def _wrong_device(device: object) -> ValueError:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.cuts import cut, same_scale, write_back
-from torchao_int4cpu.dispatch.table import Args, Kwargs, Weight, implements, implements_function
-from torchao_int4cpu.groupwise import GROUP_SIZES
-from torchao_int4cpu.kernels import traceable_dequantize
-from torchao_int4cpu.layout import LAYOUTS
-from torchao_int4cpu.slicing import Rows, traceable_join_rows
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.dispatch.cuts import cut, same_numbers, write_back
+from torchao_int4cpu.dispatch.table import implements, implements_function
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.format.layout import LAYOUTS
+from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize
+from torchao_int4cpu.kernels.ops.slicing import traceable_repack
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten
 
@@ -25,17 +25,16 @@ COMPARE_ELEMENTS = 1 << 20
 MAX_GROUP_SIZE = max(GROUP_SIZES)
 
 
-@implements([aten.copy_.default])
-def handle_copy_(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.copy_.default)
+def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4Weight:
     """``copy_`` between 4-bit weights, as ``load_state_dict`` does; the layouts may differ.
 
     Raises:
         TypeError: one side is not a 4-bit weight.
-        ValueError: shape, group size or ``act_pre_scale`` differ, or the target is a repacked copy.
+        ValueError: shape, group size or an optional part differ, or the target is a repacked copy.
     """
-    target, source = args[0], args[1]
     for name, side in (("source", source), ("target", target)):
-        if not isinstance(side, Weight):
+        if not isinstance(side, Int4Weight):
             raise TypeError(
                 f"copy_ got a {name} that is {side.dtype} of class {type(side).__name__} and not "
                 "4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, "
@@ -43,14 +42,11 @@ def handle_copy_(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwar
             )
     if type(target) is not type(source):
         raise TypeError(
-            f"copy_ got a {type(source).__name__} for a {type(target).__name__}; both must be turned "
-            "the same way, so call .transpose(-2, -1) on one"
+            f"copy_ got a {type(source).__name__} for a {type(target).__name__}; both must be the same "
+            "way round, so call .transpose(-2, -1) on one"
         )
-    copied: Tensor = target
-    if isinstance(target, Int4TransposedTensor):
-        copy_into(target.back(), source.back())
-    else:
-        copy_into(target, source)
+    copy_into(weight_of(target), weight_of(source))
+    copied: Int4Weight = target
     return copied
 
 
@@ -59,65 +55,59 @@ def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
     for name, mine, other in (
         ("shape", list(target.shape), list(source.shape)),
         ("block_size", target.block_size, source.block_size),
-        ("act_pre_scale", _shape_or_none(target), _shape_or_none(source)),
+        *(
+            (part.name, _shape_or_none(target, part.name), _shape_or_none(source, part.name))
+            for part in target.PARTS
+            if part.optional
+        ),
     ):
         if mine != other:
             raise ValueError(
                 f"copy_ got {name} {other} for a 4-bit weight with {name} {mine}; both must agree, "
                 "or load it with load_state_dict(..., assign=True)"
             )
+    layout = LAYOUTS[target.qdata_layout]
     if target.read_only:
-        block = LAYOUTS[target.qdata_layout].rows_per_block
         raise ValueError(
             f"copy_ got a target of shape {list(target.shape)} that was cut inside a block of rows or "
             f"along K, so it is a repacked copy and the weight would not change; cut along N at "
-            f"multiples of {block}, copy into the whole weight, or into a clone() if the copy is meant"
+            f"multiples of {layout.rows_per_block}, copy into the whole weight, or into a clone() if "
+            "the copy is meant"
         )
     if target.shape[0] > 1 and target.qdata.stride(0) == 0:
         raise ValueError(
             f"copy_ got a target of shape {list(target.shape)} that was expanded, so all its matrices "
             "are the same one; copy into the weight that was expanded, or into a clone()"
         )
-    if target.qdata_layout == source.qdata_layout:
-        target.qdata.copy_(source.qdata)
-    else:
-        layout = LAYOUTS[target.qdata_layout]
-        for to, packed in zip(target.matrices(), source.matrices()):
-            piece = Rows(packed.qdata, packed.layout, packed.n, 0, packed.n)
-            to.qdata.copy_(traceable_join_rows([piece], layout))
-    target.scale_and_zero.copy_(source.scale_and_zero)
-    if target.act_pre_scale is not None and source.act_pre_scale is not None:
-        target.act_pre_scale.copy_(source.act_pre_scale)
-    if target.cut_from is not None:
-        write_back(target.cut_from, target)
+    into, others = target.parts(), source.parts()
+    for part in target.PARTS:
+        if part.packed and target.qdata_layout != source.qdata_layout:
+            for to, packed in zip(target.matrices(), source.matrices()):
+                to.qdata.copy_(traceable_repack(packed.qdata, packed.layout, layout))
+        elif part.name in into:
+            into[part.name].copy_(others[part.name])
+    if target.provenance.cut_from is not None:
+        write_back(target.provenance.cut_from, target)
 
 
-@implements([aten.equal.default])
-def handle_equal(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
+@implements(aten.equal.default)
+def handle_equal(a: Tensor, b: Tensor) -> bool:
     """`torch.equal`: whether every number of two weights is equal, some rows at a time."""
-    a, b = args[:2]
-    if not same_scale(getattr(a, "act_pre_scale", None), getattr(b, "act_pre_scale", None)):
+    names = {part.name for part in Int4OpaqueTensor.PARTS if part.optional}
+    if not all(same_numbers(getattr(a, name, None), getattr(b, name, None)) for name in names):
         return False
     return _compare(torch.equal, a, b)
 
 
-@implements([aten.allclose.default])
-@implements_function([torch.allclose, torch.Tensor.allclose])
-def handle_allclose(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
+@implements(aten.allclose.default)
+@implements_function(torch.allclose, torch.Tensor.allclose)
+def handle_allclose(
+    input: Tensor, other: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
     """`torch.allclose` of the numbers of two weights, or of one and a plain tensor."""
-
-    def call(
-        input: Tensor,
-        other: Tensor,
-        rtol: float = 1e-5,
-        atol: float = 1e-8,
-        equal_nan: bool = False,
-    ) -> bool:
-        return _compare(
-            lambda a, b: torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=equal_nan), input, other
-        )
-
-    return call(*args, **kwargs)
+    return _compare(
+        lambda a, b: torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=equal_nan), input, other
+    )
 
 
 def _compare(same: Callable[[Tensor, Tensor], bool], a: Tensor, b: Tensor) -> bool:
@@ -141,7 +131,7 @@ def _pieces(shape: Sequence[int]) -> Iterator[tuple[int | None, int, int]]:
 def _expanded(t: Tensor, index: int | None, start: int, stop: int) -> Tensor:
     matrix = t if index is None else t.select(0, index)
     if isinstance(matrix, Int4TransposedTensor):
-        part = cut(matrix.back(), 1, start, stop)
+        part = cut(matrix.untransposed(), 1, start, stop)
         return traceable_dequantize(part.packed(), part.dtype).t()
     if isinstance(matrix, Int4OpaqueTensor):
         part = cut(matrix, 0, start, stop)
@@ -149,5 +139,6 @@ def _expanded(t: Tensor, index: int | None, start: int, stop: int) -> Tensor:
     return matrix[start:stop]
 
 
-def _shape_or_none(t: Int4OpaqueTensor) -> list[int] | None:
-    return None if t.act_pre_scale is None else list(t.act_pre_scale.shape)
+def _shape_or_none(t: Int4OpaqueTensor, name: str) -> list[int] | None:
+    part: Tensor | None = getattr(t, name)
+    return None if part is None else list(part.shape)

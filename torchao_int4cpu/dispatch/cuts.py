@@ -5,23 +5,23 @@ Along N a cut between blocks of the layout is a view; along K, and inside a bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchao_int4cpu.layout import LAYOUTS
-from torchao_int4cpu.parts import padded_shape
-from torchao_int4cpu.slicing import (
-    Rows,
+from torchao_int4cpu.format.layout import LAYOUTS, padded_rows, padded_shape
+from torchao_int4cpu.format.slicing import (
+    PackedRows,
     at_border,
     cut_columns,
-    traceable_join_rows,
     write_columns,
     write_rows,
 )
-from torchao_int4cpu.tensor import Cut, Int4OpaqueTensor
+from torchao_int4cpu.kernels.ops.slicing import traceable_join_rows
+from torchao_int4cpu.tensor.int4 import Cut, Int4OpaqueTensor, Provenance
 
 
 def cut(t: Int4OpaqueTensor, dim: int, start: int, stop: int) -> Int4OpaqueTensor:
@@ -36,93 +36,52 @@ def cut(t: Int4OpaqueTensor, dim: int, start: int, stop: int) -> Int4OpaqueTenso
             f"{list(t.shape)}; every dimension must keep at least one, so leave such a cut out"
         )
     if dim == t.ndim - 1:
-        new, aliases = _cut_columns(t, start, stop)
+        parts, aliases = _columns(t, start, stop)
     elif dim == t.ndim - 2:
-        new, aliases = _cut_rows(t, start, stop)
+        parts, aliases = _rows(t, start, stop)
     else:
-        parts = t.qdata[start:stop], t.scale_and_zero[start:stop]
-        new, aliases = like(t, *parts, (stop - start, *t.shape[1:]), t.read_only), True
-    if t.filled_by_cuts and not torch.compiler.is_compiling():
-        new.filled_by_cuts, new.read_only = True, t.read_only
-        new.cut_from = t.cut_from if new.shape == t.shape else Cut(t, dim, start, stop, aliases)
-    return new
+        parts, aliases = _of_matrices(t, lambda part: part[start:stop]), True
+    shape = (*t.shape[:dim], stop - start, *t.shape[dim + 1 :])
+    provenance = Provenance(read_only=t.read_only or not aliases)
+    if t.provenance.filled_by_cuts and not torch.compiler.is_compiling():
+        provenance = Provenance(
+            read_only=t.read_only,
+            filled_by_cuts=True,
+            cut_from=Cut(t, dim, start, stop, aliases),
+        )
+    return t.with_parts(parts, shape, provenance=provenance)
 
 
-def follow(view: Int4OpaqueTensor, t: Int4OpaqueTensor) -> Int4OpaqueTensor:
-    """Return ``view``, of all of ``t`` or of one of its matrices, with what `new_zeros` asks for.
-
-    A view of a repacked copy shares the parts of the copy: what is written to it has to go further.
-    """
-    if t.filled_by_cuts and not torch.compiler.is_compiling():
-        view.filled_by_cuts = True
-        if t.cut_from is not None:
-            view.cut_from = Cut(t, 0, 0, t.shape[0], aliases=True)
-    return view
-
-
-def write_back(target: Cut, source: Int4OpaqueTensor) -> None:
-    """Write ``source``, a repacked copy, where it was cut from. Both are in one layout."""
-    t, dim, start, stop, aliases = target
-    layout = LAYOUTS[t.qdata_layout]
-    matrices = zip(t.matrices(), source.matrices())
-    if aliases:
-        pass  # it is there already
-    elif dim == t.ndim - 2:
-        t.scale_and_zero[..., start:stop, :] = source.scale_and_zero[..., : stop - start, :]
-        for mine, other in matrices:
-            write_rows(mine.qdata, layout, start, stop, other.qdata)
-    else:
-        size = t.group_size
-        columns = slice(start, start + source.qdata.shape[-1] * 2)
-        groups = slice(columns.start // size, columns.stop // size)
-        t.scale_and_zero[..., groups, :, :] = source.scale_and_zero
-        for mine, other in matrices:
-            write_columns(mine.qdata, layout, columns, other.qdata)
-        if t.act_pre_scale is not None and source.act_pre_scale is not None:
-            if t.act_pre_scale.numel() > 1:
-                t.act_pre_scale[start:stop] = source.act_pre_scale
-            else:
-                t.act_pre_scale.copy_(source.act_pre_scale)
-    if t.cut_from is not None:
-        write_back(t.cut_from, t)
-
-
-def like(
-    t: Int4OpaqueTensor,
-    qdata: Tensor,
-    scale_and_zero: Tensor,
-    shape: tuple[int, ...],
-    read_only: bool = False,
-    act_pre_scale: Tensor | None = None,
-) -> Int4OpaqueTensor:
-    """Other parts, of another shape, in the layout, the groups and the dtype of ``t``."""
-    if act_pre_scale is None:
-        act_pre_scale = t.act_pre_scale
-    block_size = [1] * (len(shape) - 1) + [t.group_size]
-    return Int4OpaqueTensor(
-        qdata, scale_and_zero, block_size, shape, t.qdata_layout, t.dtype, act_pre_scale, read_only
-    )
-
-
-def _cut_rows(t: Int4OpaqueTensor, start: int, stop: int) -> tuple[Int4OpaqueTensor, bool]:
-    """The cut, and whether it is a view."""
+def _rows(t: Int4OpaqueTensor, start: int, stop: int) -> tuple[dict[str, Tensor], bool]:
+    """The parts of some rows, and whether they are views."""
     n, layout = t.shape[-2], LAYOUTS[t.qdata_layout]
-    shape = (*t.shape[:-2], stop - start, t.shape[-1])
+    parts = t.parts()
+    followers = [part for part in t.PARTS if part.n_dim is not None and part.name in parts]
     if at_border(start, n, layout) and at_border(stop, n, layout):
-        rows = slice(start, stop if stop < n else t.qdata.shape[-2])
-        return like(t, t.qdata[..., rows, :], t.scale_and_zero[..., rows, :], shape, t.read_only), True
-    pieces = (
-        traceable_join_rows([Rows(matrix.qdata, layout, n, start, stop)], layout)
-        for matrix in t.matrices()
-    )
-    qparams = pad_rows(t.scale_and_zero[..., start:stop, :])
-    return like(t, stacked(pieces, t.shape[:-2]), qparams, shape, read_only=True), False
+        padded_stop = stop if stop < n else padded_rows(n)
+        for part in followers:
+            parts[part.name] = parts[part.name].narrow(part.n_dim, start, padded_stop - start)  # type: ignore[arg-type]
+        return parts, True
+    for part in followers:
+        if part.packed:
+            pieces = (
+                traceable_join_rows([PackedRows(matrix.qdata, layout, n, start, stop)], layout)
+                for matrix in t.matrices()
+            )
+            parts[part.name] = stacked(pieces, t.shape[:-2])
+        else:
+            assert part.n_dim is not None
+            some = parts[part.name].narrow(part.n_dim, start, stop - start)
+            parts[part.name] = pad_rows(some, part.n_dim)
+    return parts, False
 
 
-def _cut_columns(t: Int4OpaqueTensor, start: int, stop: int) -> tuple[Int4OpaqueTensor, bool]:
+def _columns(t: Int4OpaqueTensor, start: int, stop: int) -> tuple[dict[str, Tensor], bool]:
+    """The parts of some columns, and whether they are those of ``t``."""
     k, size = t.shape[-1], t.group_size
+    parts = t.parts()
     if (start, stop) == (0, k):
-        return like(t, t.qdata, t.scale_and_zero, tuple(t.shape), t.read_only), True
+        return parts, True
     for border in (start, stop):
         if border % size and border != k:
             below = border // size * size
@@ -135,19 +94,92 @@ def _cut_columns(t: Int4OpaqueTensor, start: int, stop: int) -> tuple[Int4Opaque
             )
     layout = LAYOUTS[t.qdata_layout]
     columns = slice(start, padded_shape(1, stop, size)[1])
-    pieces = (cut_columns(matrix.qdata, layout, columns) for matrix in t.matrices())
-    groups = slice(start // size, columns.stop // size)
-    qparams = t.scale_and_zero[..., groups, :, :].clone(memory_format=torch.contiguous_format)
-    scale = t.act_pre_scale
-    if scale is not None:
-        # In a file of ours, or of DCP, it must not keep all of its source alive: a copy, as the rest.
-        scale = (scale[start:stop] if scale.numel() > 1 else scale).clone()
-    shape = (*t.shape[:-1], stop - start)
-    return like(t, stacked(pieces, t.shape[:-2]), qparams, shape, True, scale), False
+    for part in t.PARTS:
+        if part.name not in parts:
+            continue
+        of_weight = parts[part.name]
+        if part.k_dim is None:
+            raise ValueError(
+                f"cannot cut a 4-bit weight of shape {list(t.shape)} with {part.name} along K, which "
+                "is about all columns together; cut it along N, or call .dequantize()"
+            )
+        if part.packed:
+            pieces = (cut_columns(matrix.qdata, layout, columns) for matrix in t.matrices())
+            parts[part.name] = stacked(pieces, t.shape[:-2])
+        elif part.optional and of_weight.numel() == 1:
+            parts[part.name] = of_weight.clone()
+        else:
+            # A copy, as the rest: in a file it must not keep all of its source alive.
+            entries = part.k_slice(start, stop, size)
+            some = of_weight.narrow(part.k_dim, entries.start, entries.stop - entries.start)
+            parts[part.name] = some.clone(memory_format=torch.contiguous_format)
+    return parts, False
 
 
-def same_scale(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two ``act_pre_scale`` are the same numbers in the same dtype, or both None."""
+def view_of(
+    t: Int4OpaqueTensor, change: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> Int4OpaqueTensor:
+    """A view of all of ``t``, or of one of its matrices: ``change`` is applied to the stacked parts.
+
+    What is copied into a view of a weight that is filled by cuts goes on to what that was cut from.
+    """
+    provenance = Provenance(read_only=t.read_only)
+    if t.provenance.filled_by_cuts and not torch.compiler.is_compiling():
+        whole = Cut(t, 0, 0, t.shape[0], aliases=True)
+        cut_from = whole if t.provenance.cut_from is not None else None
+        provenance = replace(provenance, filled_by_cuts=True, cut_from=cut_from)
+    return t.with_parts(_of_matrices(t, change), shape, provenance=provenance)
+
+
+def _of_matrices(t: Int4OpaqueTensor, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The parts, those changed of which each matrix of a stack has its own."""
+    own = {part.name for part in t.PARTS if part.stacked}
+    return {name: change(part) if name in own else part for name, part in t.parts().items()}
+
+
+def write_back(target: Cut, source: Int4OpaqueTensor) -> None:
+    """Write ``source``, a cut, where it was cut from. Both are in one layout."""
+    t, dim, start, stop, aliases = target
+    if not aliases:  # else it is there already
+        if dim == t.ndim - 2:
+            _write_rows(t, start, stop, source)
+        else:
+            _write_columns(t, start, stop, source)
+    if t.provenance.cut_from is not None:
+        write_back(t.provenance.cut_from, t)
+
+
+def _write_rows(t: Int4OpaqueTensor, start: int, stop: int, source: Int4OpaqueTensor) -> None:
+    layout = LAYOUTS[t.qdata_layout]
+    targets, sources = t.parts(), source.parts()
+    for part in t.PARTS:
+        if part.packed:
+            for mine, other in zip(t.matrices(), source.matrices()):
+                write_rows(mine.qdata, layout, start, stop, other.qdata)
+        elif part.n_dim is not None and part.name in targets:
+            length = stop - start
+            mine_some = targets[part.name].narrow(part.n_dim, start, length)
+            mine_some.copy_(sources[part.name].narrow(part.n_dim, 0, length))
+
+
+def _write_columns(t: Int4OpaqueTensor, start: int, stop: int, source: Int4OpaqueTensor) -> None:
+    layout = LAYOUTS[t.qdata_layout]
+    columns = slice(start, start + source.qdata.shape[-1] * 2)
+    targets, sources = t.parts(), source.parts()
+    for part in t.PARTS:
+        if part.packed:
+            for mine, other in zip(t.matrices(), source.matrices()):
+                write_columns(mine.qdata, layout, columns, other.qdata)
+        elif part.k_dim is not None and part.name in targets:
+            of_target = targets[part.name]
+            if not (part.optional and of_target.numel() == 1):
+                entries = part.k_slice(start, stop, t.group_size)
+                of_target = of_target.narrow(part.k_dim, entries.start, entries.stop - entries.start)
+            of_target.copy_(sources[part.name])
+
+
+def same_numbers(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two parts are the same numbers in the same dtype, or both None."""
     if a is None or b is None or a is b:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
@@ -173,10 +205,9 @@ def stacked(matrices: Iterable[Tensor], stack: Sequence[int]) -> Tensor:
     return whole
 
 
-def pad_rows(scale_and_zero: Tensor) -> Tensor:
-    """A contiguous copy of ``[..., G, N, 2]`` with N rounded up to a multiple of 16, zeros added."""
-    n = scale_and_zero.shape[-2]
-    padding = padded_shape(n, 1, 32)[0] - n
-    if padding:
-        return F.pad(scale_and_zero, (0, 0, 0, padding))
-    return scale_and_zero.clone(memory_format=torch.contiguous_format)
+def pad_rows(part: Tensor, n_dim: int = -2) -> Tensor:
+    """A contiguous copy with N, which is along ``n_dim``, rounded up to a multiple of 16 by zeros."""
+    missing = padded_rows(part.shape[n_dim]) - part.shape[n_dim]
+    if missing:
+        return F.pad(part, [0, 0] * (-1 - n_dim) + [0, missing])
+    return part.clone(memory_format=torch.contiguous_format)

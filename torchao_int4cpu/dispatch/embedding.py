@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.table import Args, Kwargs, implements
-from torchao_int4cpu.kernels import traceable_embedding
-from torchao_int4cpu.tensor import Int4OpaqueTensor
+from torchao_int4cpu.dispatch.table import implements
+from torchao_int4cpu.kernels.ops.dequantize import traceable_embedding
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 aten = torch.ops.aten
 
 
-@implements([aten.embedding.default])
-def handle_embedding(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.embedding.default)
+def handle_embedding(
+    table: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
     """Gather and expand the rows asked for: ``[*indices.shape, K]`` in the dtype of the table.
 
     ``padding_idx`` concerns gradients only, and the table is frozen.
@@ -26,7 +29,6 @@ def handle_embedding(func: Callable[..., Any], types: Args, args: Args, kwargs: 
         ValueError: the table has ``act_pre_scale``, which is for activations.
         IndexError: an index is out of range.
     """
-    table, indices = args[0], args[1]
     if not isinstance(table, Int4OpaqueTensor):
         raise TypeError(
             f"embedding got a table of class {type(table).__name__}; it must be a 4-bit weight [N, K], "

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.table import Args, Kwargs, implements
-from torchao_int4cpu.groupwise import FLOAT_DTYPES
-from torchao_int4cpu.kernels import int4_mm, traceable_int4_mm
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor
+from torchao_int4cpu.dispatch.table import implements
+from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
+from torchao_int4cpu.kernels.ops.register import LIBRARY
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 aten = torch.ops.aten
 
 
-@implements([aten.linear.default])
-def handle_linear(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
-    """``input [..., K] · weightᵀ + bias [N]``, see `linear`."""
-    return linear(*args, **kwargs)
-
-
+@implements(aten.linear.default)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` with a 4-bit weight.
 
@@ -44,7 +37,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     input = _cast_by_autocast(input)
     packed = weight.packed()
     shape = input.shape
-    grad = torch.is_grad_enabled()
     if not (
         input.dtype in FLOAT_DTYPES
         and shape
@@ -58,16 +50,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         activation = activation * weight.act_pre_scale.reshape(-1)  # may widen it: rounded once, later
     if len(shape) != 2:
         activation = activation.reshape(-1, packed.k)
-    if (
-        type(activation) is Tensor
-        and activation.is_cpu
-        and not (grad and activation.requires_grad)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0  # a mode, as of make_fx, must see an op
-    ):
-        y = int4_mm(activation, packed)  # a plain eager call needs no op
-    else:
-        y = traceable_int4_mm(activation, packed)
+    y = traceable_int4_mm(activation, packed)
     if activation is not input:
         y = y.to(input.dtype)
     if bias is not None:
@@ -82,7 +65,7 @@ def _linear_of_view(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
             "linear got a 4-bit tensor that is not its weight; "
             "only the weight can be one, so call .dequantize() on the other"
         )
-    y = torch.matmul(_cast_by_autocast(input), weight.back())
+    y = torch.matmul(_cast_by_autocast(input), weight.untransposed())
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -90,9 +73,8 @@ def _cast_by_autocast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else input
 
 
-_library = torch.library.Library("torchao_int4cpu", "FRAGMENT")
-_library.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("linear", linear, "CompositeImplicitAutograd")
+LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.impl("linear", linear, "CompositeImplicitAutograd")
 
 
 def exported_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,87 +7,82 @@ A 4-bit weight ``W`` ``[N, K]`` may stand on either side, as it is or transposed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.table import (
-    Args,
-    Kwargs,
-    Weight,
-    implements,
-    implements_function,
-    implements_named,
-)
-from torchao_int4cpu.groupwise import FLOAT_DTYPES
-from torchao_int4cpu.kernels import (
+from torchao_int4cpu.dispatch.table import implements, implements_function
+from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.kernels.ops.experts import (
     traceable_bmm,
     traceable_bmm_transposed,
     traceable_grouped_mm,
     traceable_grouped_mm_transposed,
-    traceable_int4_mm,
-    traceable_int4_mm_transposed,
 )
-from torchao_int4cpu.tensor import Int4OpaqueTensor
-from torchao_int4cpu.transposed import Int4TransposedTensor, weight_of
+from torchao_int4cpu.kernels.ops.products import traceable_int4_mm, traceable_int4_mm_transposed
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten
 
 
-@implements([aten.mm.default])
-def handle_mm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.mm.default)
+def handle_mm(a: Tensor, b: Tensor) -> Tensor:
     """``mm`` with a 4-bit weight on one side; the result has the dtype of the other."""
-    return _product("mm", args[0], args[1], ndim=2)
+    return _product("mm", a, b, ndim=2)
 
 
-@implements([aten.mv.default])
-def handle_mv(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.mv.default)
+def handle_mv(a: Tensor, vector: Tensor) -> Tensor:
     """``weight @ vector``."""
-    return _product("mv", args[0], args[1].unsqueeze(-1), ndim=2).squeeze(-1)
+    return _product("mv", a, vector.unsqueeze(-1), ndim=2).squeeze(-1)
 
 
-@implements([aten.addmm.default])
-def handle_addmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.addmm.default)
+def handle_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * bias + alpha * (a @ b)``; the product is rounded before the bias is added."""
-    return _plus("addmm", args[0], _product("addmm", args[1], args[2], ndim=2), **kwargs)
+    return _plus("addmm", bias, _product("addmm", a, b, ndim=2), beta, alpha)
 
 
-@implements([aten.bmm.default])
-def handle_bmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.bmm.default)
+def handle_bmm(a: Tensor, b: Tensor) -> Tensor:
     """``bmm`` with a stack of 4-bit weights on one side."""
-    return _product("bmm", args[0], args[1], ndim=3)
+    return _product("bmm", a, b, ndim=3)
 
 
-@implements([aten.baddbmm.default])
-def handle_baddbmm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.baddbmm.default)
+def handle_baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * bias + alpha * bmm(a, b)``."""
-    return _plus("baddbmm", args[0], _product("baddbmm", args[1], args[2], ndim=3), **kwargs)
+    return _plus("baddbmm", bias, _product("baddbmm", a, b, ndim=3), beta, alpha)
 
 
-@implements_function([torch.matmul, Tensor.matmul])
-@implements([aten.matmul.default])
-def handle_matmul(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements(aten.matmul.default)
+@implements_function(torch.matmul, Tensor.matmul)
+def handle_matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``matmul`` of any number of dimensions. Torch's own would flatten a stack, which no view can."""
-    if kwargs or len(args) != 2:  # out=, or by keyword: torch takes it apart, as far as that goes
-        result: Tensor = func(*args, **kwargs)
-        return result
-    return _matmul(*args)
+    if out is not None:  # torch takes it apart, as far as that goes
+        return torch.matmul(input, other, out=out)
+    return _matmul(input, other)
 
 
-@implements_function([Tensor.__matmul__, Tensor.__rmatmul__])
-def handle_matmul_operator(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
+@implements_function(Tensor.__matmul__)
+def handle_matmul_operator(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``: as `handle_matmul`, but Python hides what a TypeError of an operator says."""
-    a, b = args if func is Tensor.__matmul__ else args[::-1]
     try:
         return _matmul(a, b)
     except TypeError as error:
         raise ValueError(str(error)) from error
 
 
+@implements_function(Tensor.__rmatmul__)
+def handle_reflected_matmul_operator(b: Tensor, a: Tensor) -> Tensor:
+    """``a @ b``, asked of b."""
+    return handle_matmul_operator(a, b)
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(b, Weight):
+    if isinstance(b, Int4Weight):
         return _rows_times("matmul", a, b)
     if b.ndim == 1:
         return _rows_times("matmul", b, a.transpose(-2, -1))
@@ -100,7 +95,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _rows_times(name: str, x: Tensor, weight: Tensor) -> Tensor:
     """x ``[..., M, K]`` or ``[K]`` times ``[K, N]`` or ``[E, K, N]``, as `torch.matmul` broadcasts."""
-    if isinstance(x, Weight) or x.ndim == 0 or x.shape[-1] != weight.shape[-2]:
+    if isinstance(x, Int4Weight) or x.ndim == 0 or x.shape[-1] != weight.shape[-2]:
         return _product(name, x, weight, weight.ndim)  # which says what is wrong
     if x.ndim == 1:
         return _rows_times(name, x.unsqueeze(0), weight).squeeze(-2)
@@ -120,51 +115,40 @@ def _rows_times(name: str, x: Tensor, weight: Tensor) -> Tensor:
     return y.view(experts, *batch[:-1], rows, n).movedim(0, -3).contiguous()
 
 
-@implements([aten._grouped_mm.default])
-def handle_grouped_mm(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
-    """`torch.nn.functional.grouped_mm`: rows of x in groups, each times an expert of its own."""
-
-    def call(
-        x: Tensor,
-        experts: Tensor,
-        offs: Tensor | None = None,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        if bias is not None:
-            raise ValueError(
-                "grouped_mm got a bias, which torch does not add either; add it afterwards"
-            )
-        if offs is None:
-            y = _product("grouped_mm", x, experts, ndim=3)
-        else:
-            y = grouped_product(x, experts, offs)
-        return y if out_dtype is None else y.to(out_dtype)
-
-    return call(*args, **kwargs)
-
-
-@implements_named("transformers::grouped_mm_fallback")
-def handle_grouped_mm_fallback(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+@implements(aten._grouped_mm.default)
+def handle_grouped_mm(
+    x: Tensor,
+    experts: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The grouped product of transformers 5, which it calls where it will not call torch's."""
-    return grouped_product(*args, **kwargs)
+    """`torch.nn.functional.grouped_mm`: rows of x in groups, each times an expert of its own."""
+    if bias is not None:
+        raise ValueError("grouped_mm got a bias, which torch does not add either; add it afterwards")
+    if offs is None:
+        y = _product("grouped_mm", x, experts, ndim=3)
+    else:
+        y = grouped_product(x, experts, offs)
+    return y if out_dtype is None else y.to(out_dtype)
 
 
-@implements_named("transformers::grouped_mm_fallback_backward")
+@implements("transformers::grouped_mm_fallback_backward")
 def handle_grouped_mm_fallback_backward(
-    func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs
+    x: Tensor, experts: Tensor, offs: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Its gradient: for x; the weight is frozen, and what stands for its gradient is never read."""
-    x, experts, offs, grad = args
+    """The gradient of the grouped product of transformers 5: for x.
+
+    The weight is frozen, and what stands for its gradient is never read.
+    """
     grad_x = grouped_product(grad, experts.transpose(-2, -1), offs)
     return grad_x.to(x.dtype), grad.new_empty(0)
 
 
+@implements("transformers::grouped_mm_fallback")  # which transformers 5 calls where it cannot torch's
 def grouped_product(x: Tensor, experts: Tensor, offs: Tensor) -> Tensor:
     """Rows ``offs[e - 1]:offs[e]`` of x times expert e: ``[S, K] · [E, K, N]`` gives ``[S, N]``."""
-    if not isinstance(experts, Weight):
+    if not isinstance(experts, Int4Weight):
         raise TypeError(
             "grouped_mm got a 4-bit tensor as its first argument; only the experts can be 4-bit, "
             "so call .dequantize() on the other"
@@ -187,7 +171,7 @@ def grouped_product(x: Tensor, experts: Tensor, offs: Tensor) -> Tensor:
 
 def _product(name: str, a: Tensor, b: Tensor, ndim: int) -> Tensor:
     """``a @ b`` where one is a 4-bit weight, or a stack for 3 dimensions."""
-    if isinstance(a, Weight) and isinstance(b, Weight):
+    if isinstance(a, Int4Weight) and isinstance(b, Int4Weight):
         raise TypeError(
             f"{name} got two 4-bit weights; one side must be a plain tensor, "
             "so call .dequantize() on it"
@@ -196,11 +180,11 @@ def _product(name: str, a: Tensor, b: Tensor, ndim: int) -> Tensor:
         raise ValueError(
             f"{name} got shapes {list(a.shape)} and {list(b.shape)}; they must be "
             + ("[M, K] and [K, N]" if ndim == 2 else "[E, M, K] and [E, K, N]")
-            + ", so check which way the 4-bit weight is turned"
+            + ", so check whether the 4-bit weight is to be transposed"
         )
-    if isinstance(b, Weight):
+    if isinstance(b, Int4Weight):
         return _times(name, a, b)
-    if not isinstance(a, Weight):
+    if not isinstance(a, Int4Weight):
         raise TypeError(
             f"{name} got a 4-bit tensor that is not a side of its product; "
             "only one of the sides can be one, so call .dequantize() on the other"
@@ -211,10 +195,10 @@ def _product(name: str, a: Tensor, b: Tensor, ndim: int) -> Tensor:
     return y.transpose(-2, -1).contiguous()  # as torch gives it: callers take a view of it
 
 
-def _times(name: str, x: Tensor, weight: Weight) -> Tensor:
-    """``x @ weight``, whichever way that is turned."""
+def _times(name: str, x: Tensor, weight: Int4Weight) -> Tensor:
+    """``x @ weight``, for the weight and for its transposed view."""
     if isinstance(weight, Int4TransposedTensor):
-        packed = weight.back()
+        packed = weight.untransposed()
         _check_operand(name, x, packed)
         scaled = _scaled(x, packed)
         if x.ndim == 2:
@@ -226,8 +210,8 @@ def _times(name: str, x: Tensor, weight: Weight) -> Tensor:
     return _scaled_to(traceable_bmm_transposed(x, weight.packed_experts()), weight, x.dtype)
 
 
-def _plus(name: str, bias: Tensor, product: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    if isinstance(bias, Weight):
+def _plus(name: str, bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    if isinstance(bias, Int4Weight):
         raise TypeError(
             f"{name} got a 4-bit tensor to add to the product; only one of the sides of the product "
             "can be one, so call .dequantize() on the other"

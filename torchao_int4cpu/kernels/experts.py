@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.kernels.checks import check_activation
-from torchao_int4cpu.kernels.choice import int4_mm
-from torchao_int4cpu.kernels.packed import PackedExperts, PackedInt4
-from torchao_int4cpu.kernels.prefill import int4_mm_grad
+from torchao_int4cpu.format.checks import check_activation
+from torchao_int4cpu.format.packed import PackedInt4
+from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
+from torchao_int4cpu.kernels.selection import int4_mm
 
 Multiply = Callable[[Tensor, PackedInt4], Tensor]
 
 
-def grouped_mm(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
     """Each row times the weight of its expert: ``x[s] · W[e]ᵀ``.
 
     Args:
@@ -34,15 +34,13 @@ def grouped_mm(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor:
     return _grouped(int4_mm, x, experts, offs, experts.n)
 
 
-def grouped_mm_transposed(x: Tensor, experts: PackedExperts, offs: Tensor) -> Tensor:
+def grouped_mm_transposed(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
     """As `grouped_mm`, but ``x[s] · W[e]``: ``[S, N]`` to ``[S, K]``."""
     check_activation(x, None, experts.n)
     return _grouped(int4_mm_grad, x, experts, offs, experts.k)
 
 
-def _grouped(
-    multiply: Multiply, x: Tensor, experts: PackedExperts, offs: Tensor, columns: int
-) -> Tensor:
+def _grouped(multiply: Multiply, x: Tensor, experts: PackedInt4, offs: Tensor, columns: int) -> Tensor:
     ends = row_ends(offs, experts.qdata.shape[0], x.shape[0])
     out = x.new_empty(x.shape[0], columns)
     start = 0
@@ -79,7 +77,7 @@ def row_ends(offs: Tensor, experts: int, rows: int) -> list[int]:
     return ends
 
 
-def bmm(x: Tensor, experts: PackedExperts) -> Tensor:
+def bmm(x: Tensor, experts: PackedInt4) -> Tensor:
     """The same number of rows for every expert: ``x[e] · W[e]ᵀ``, ``[E, M, K]`` to ``[E, M, N]``.
 
     Raises:
@@ -89,13 +87,13 @@ def bmm(x: Tensor, experts: PackedExperts) -> Tensor:
     return _batched(int4_mm, x, experts, experts.n)
 
 
-def bmm_transposed(x: Tensor, experts: PackedExperts) -> Tensor:
+def bmm_transposed(x: Tensor, experts: PackedInt4) -> Tensor:
     """As `bmm`, but ``x[e] · W[e]``: ``[E, M, N]`` to ``[E, M, K]``."""
     check_activation(x, experts.qdata.shape[0], None, experts.n)
     return _batched(int4_mm_grad, x, experts, experts.k)
 
 
-def _batched(multiply: Multiply, x: Tensor, experts: PackedExperts, columns: int) -> Tensor:
+def _batched(multiply: Multiply, x: Tensor, experts: PackedInt4, columns: int) -> Tensor:
     out = x.new_empty(x.shape[0], x.shape[1], columns)
     if x.shape[1]:
         for index in range(x.shape[0]):

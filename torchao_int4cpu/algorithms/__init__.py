@@ -1,0 +1,1 @@
+"""From a float weight to codes, scales and zeros (`GroupwiseInt4`)."""

@@ -1,0 +1,1 @@
+"""Measurements: of layers, experts, views and whole models."""

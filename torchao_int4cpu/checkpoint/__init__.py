@@ -1,0 +1,1 @@
+"""Our own file formats: pickles, safetensors, and what a file holds."""

@@ -1,0 +1,1 @@
+"""From one model directory to another, in bounded memory."""

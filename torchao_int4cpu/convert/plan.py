@@ -1,0 +1,284 @@
+"""What is to become of each tensor of a Hugging Face directory, asked of transformers.
+
+Which weights turn 4-bit, in which dtype and under which name: as `from_pretrained` would have it with
+the same config. It is asked on a model without data. Needs the ``hf`` extra.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torchao.quantization import FqnToConfig
+
+from torchao_int4cpu.checkpoint.safetensors import Source, read_header
+from torchao_int4cpu.extras import import_extra
+from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+
+
+class Planned(NamedTuple):
+    """What becomes of a tensor.
+
+    Attributes:
+        source: the tensor.
+        name: of the parameter; the key of the source where transformers changes more than the name.
+        dtype: that the model holds it in.
+        kept: why it is not quantized; empty if it is.
+    """
+
+    source: Source
+    name: str
+    dtype: torch.dtype
+    kept: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done with a directory.
+
+    Attributes:
+        folder: the source.
+        config: of the 4-bit weights.
+        model_config: transformers' config of the result, with its dtype and ``quantization_config``.
+        tensors: of all files, in the order of their bytes.
+    """
+
+    folder: Path
+    config: Int4WeightOnlyConfig
+    model_config: Any
+    tensors: list[Planned]
+
+
+def make_plan(
+    folder: Path,
+    config: Int4WeightOnlyConfig,
+    *,
+    skip: Sequence[str] = (),
+    head: bool = False,
+    embeddings: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Decide about every tensor.
+
+    Args:
+        folder: a Hugging Face directory with ``config.json`` and safetensors files.
+        config: of the 4-bit weights.
+        skip: modules to keep dense, read as transformers' ``modules_to_not_convert``: the start of a
+            module's name, its end, or a regular expression for the start.
+        head: also quantize the linear layer that makes the logits.
+        embeddings: also quantize the input embedding; with a tied model that is the head, too.
+        dtype: of the model; None for what its config says, or else its first floating tensor.
+
+    Raises:
+        MissingExtra: transformers or safetensors is not installed.
+        ValueError: the folder is no such directory, its model is quantized already, is of a class that
+            transformers does not have, or has nothing to quantize; or a pattern is wrong, or what
+            ``head`` or ``embeddings`` asks for cannot be done.
+    """
+    transformers = import_extra("transformers", "hf")
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise ValueError(
+            f"{str(folder)!r} is not a Hugging Face directory with a config.json and *.safetensors "
+            "files; save the model there with save_pretrained first"
+        )
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"skip pattern {pattern!r} is no regular expression ({error}); "
+                "give the name of a module, or mend the pattern"
+            ) from None
+    model_config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{str(folder)!r} is quantized already, its config.json says; give the original model"
+        )
+    sources = [source for file in files for source in read_header(file)]
+    dtype = dtype or _dtype_of(model_config, sources)
+    _set_dtype(model_config, dtype)
+    model = _empty_model(transformers, model_config, dtype)
+    included = _included(model, head, embeddings)
+    chosen = {name for name in included if not _is_skipped(name, skip)}
+    quantization, quantizer = _quantizer(transformers, model, config, skip, chosen)
+    tensors = list(_planned(model, quantizer, sources, dtype, skip, included))
+    if all(tensor.kept for tensor in tensors):
+        raise ValueError(
+            f"{str(folder)!r} has no weight to quantize: {type(model).__name__} has no torch.nn.Linear "
+            "that is not kept; give another model, or skip less"
+        )
+    model_config.quantization_config = quantization
+    return Plan(folder, config, model_config, tensors)
+
+
+def _dtype_of(model_config: Any, sources: list[Source]) -> torch.dtype:
+    """As transformers' ``dtype="auto"``."""
+    dtype = getattr(model_config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if dtype is None:
+        dtype = next((source.dtype for source in sources if source.dtype.is_floating_point), None)
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"the model is in {dtype}; 4-bit models run in bfloat16, float16 or float32, "
+            "so choose one of these as dtype"
+        )
+    return dtype
+
+
+def _set_dtype(model_config: Any, dtype: torch.dtype) -> None:
+    model_config.dtype = dtype
+    for name in model_config.sub_configs:
+        if getattr(model_config, name) is not None:
+            getattr(model_config, name).dtype = dtype
+
+
+def _empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> Any:
+    names = getattr(model_config, "architectures", None) or [""]
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"config.json names the class {names[0]!r}, which transformers {transformers.__version__} "
+            "does not have; install one that does, or quantize the model in memory"
+        )
+    with torch.device("meta"):
+        return model_class._from_config(model_config, dtype=dtype)
+
+
+def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
+    """Names of the modules to quantize, before ``skip``: linear layers, and what is asked for."""
+    source, output = _ends(model)
+    tied = output is not None and output.weight is getattr(source, "weight", None)
+    if head and tied and not embeddings:
+        raise ValueError(
+            f"the output head of {type(model).__name__} is tied to its input embedding, which is not "
+            "asked for; quantize both with --embeddings (embeddings=True), or leave out --head"
+        )
+    if embeddings and not isinstance(source, nn.Embedding):
+        raise ValueError(
+            f"the input embedding of {type(model).__name__} is a {type(source).__name__}; only "
+            "torch.nn.Embedding can be quantized, so leave out --embeddings (embeddings=True)"
+        )
+
+    def is_included(module: nn.Module) -> bool:
+        if module is output:
+            return isinstance(module, nn.Linear) and (head or (embeddings and tied))
+        return isinstance(module, nn.Linear) or (embeddings and module is source)
+
+    return {name for name, module in model.named_modules() if is_included(module)}
+
+
+def _ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output head; None where the model has none or cannot tell."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return None, None
+
+
+def _is_skipped(name: str, skip: Sequence[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return bool(skip) and not should_convert_module(name, list(skip))
+
+
+def _quantizer(
+    transformers: Any,
+    model: Any,
+    config: Int4WeightOnlyConfig,
+    skip: Sequence[str],
+    chosen: set[str],
+) -> tuple[Any, Any]:
+    """transformers' config and its quantizer, set up for the model."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    source, output = _ends(model)
+    modules = [model.get_submodule(name) for name in chosen]
+    embeddings = any(module is source for module in modules)
+    # transformers applies a plain config to linear layers only. One by name reaches the embedding, but
+    # a tied one only with the flag; and what has no entry then stays dense, without "_default".
+    quant_type = _by_name(config, chosen) if embeddings else config
+
+    def set_up(kept: list[str] | None) -> tuple[Any, Any]:
+        quantization = transformers.TorchAoConfig(
+            quant_type,
+            modules_to_not_convert=kept,
+            include_input_output_embeddings=embeddings or any(module is output for module in modules),
+        )
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model)
+        return quantization, quantizer
+
+    quantization, quantizer = set_up(None)
+    if skip:
+        # A list replaces what transformers keeps by itself (the output head), so it has to say both.
+        quantization, quantizer = set_up(sorted({*quantizer.modules_to_not_convert, *skip}))
+    return quantization, quantizer
+
+
+def _by_name(config: Int4WeightOnlyConfig, names: set[str]) -> FqnToConfig:
+    """The config for the weights of these modules, and for nothing else: a bias is no weight.
+
+    Layers that differ in a number share an entry. ``"_default"`` would be shorter; torchao drops it.
+    """
+    patterns = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
+    return FqnToConfig({rf"re:{pattern}\.weight": config for pattern in sorted(patterns)})
+
+
+def _planned(
+    model: Any,
+    quantizer: Any,
+    sources: list[Source],
+    dtype: torch.dtype,
+    skip: Sequence[str],
+    included: set[str],
+) -> Iterator[Planned]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    conversions = get_model_conversion_mapping(model, None, quantizer)
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
+    held = model.state_dict()
+    in_float32 = model._get_dtype_plan(dtype)
+
+    def rename(key: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of a converter that puts several tensors together."""
+        options = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": held}
+        name, converter = rename_source_key(key, renamings, converters, **options)
+        if name not in held and key in held:
+            name, converter = rename_source_key(key, [], [], **options)
+        return name, converter
+
+    def kept(name: str, found: torch.dtype) -> str:
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight" or not (
+            module in included or isinstance(model.get_submodule(module), nn.Linear)
+        ):
+            return "not the weight of a linear layer"
+        if _is_skipped(name, skip):
+            return "skipped, as asked for"
+        if module not in included or not quantizer.param_needs_quantization(model, name):
+            return "kept by transformers, as the output head is"
+        return "" if found in FLOAT_DTYPES else f"its dtype is {found}"
+
+    for source in sources:
+        name, converter = rename(source.key)
+        if converter is not None:
+            why = "put together with others by transformers"
+            yield Planned(source, source.key, source.dtype, why)
+        elif name not in held:
+            yield Planned(source, source.key, source.dtype, "not in the model")
+        else:
+            why = kept(name, source.dtype)
+            held_in = held[name].dtype if why else dtype
+            if any(re.search(rf"(^|\.){re.escape(module)}($|\.)", name) for module in in_float32):
+                held_in = torch.float32
+            yield Planned(source, name, held_in, why)

@@ -1,0 +1,1 @@
+"""From the 4-bit formats of other tools to ours."""

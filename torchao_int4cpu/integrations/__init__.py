@@ -1,0 +1,1 @@
+"""Patches of other libraries, and plugins for them; each registers itself."""

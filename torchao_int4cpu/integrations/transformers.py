@@ -1,0 +1,97 @@
+"""Two patches of how transformers 5 loads and saves torchao's weights, which 4-bit embeddings need.
+
+- It marks a module as initialized as soon as its weight is quantized or read, so that a buffer that no
+  file holds, as the scale of Gemma's embedding, stays uninitialized memory.
+- It writes a 4-bit weight that an embedding and a head share twice, because it looks for shared memory
+  only after torchao has cloned the parts.
+
+Models without a 4-bit weight of this package are left to transformers' own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4Weight
+
+#: Where transformers keeps the class that loads and saves torchao's weights.
+QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
+
+
+def _patch(module: ModuleType) -> None:
+    """Wrap two methods of ``TorchAoHfQuantizer``, once."""
+    quantizer = module.TorchAoHfQuantizer
+    after_loading = quantizer._process_model_after_weight_loading
+    before_saving = quantizer.get_state_dict_and_metadata
+    if hasattr(after_loading, "torchao_int4cpu"):
+        return
+
+    @functools.wraps(after_loading)
+    def load(self: Any, model: Any, **kwargs: Any) -> Any:
+        _initialize_buffers(model)
+        return after_loading(self, model, **kwargs)
+
+    @functools.wraps(before_saving)
+    def save(self: Any, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state, metadata = before_saving(self, model)
+        _drop_second_copies(model, state, metadata)
+        return state, metadata
+
+    load.torchao_int4cpu = True  # type: ignore[attr-defined]
+    quantizer._process_model_after_weight_loading = load
+    quantizer.get_state_dict_and_metadata = save
+
+
+def _initialize_buffers(model: Any) -> None:
+    """Give buffers that no file holds the values that transformers gives them.
+
+    Whole parameters carry transformers' mark themselves, so they are not initialized again.
+    """
+    if not any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
+        return
+    marked = [module for module in model.modules() if _is_loaded_with_unsaved_buffers(module)]
+    for module in marked:
+        module._is_hf_initialized = False
+    if marked:
+        model.initialize_weights()
+
+
+def _is_loaded_with_unsaved_buffers(module: nn.Module) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    return (
+        bool(parameters)
+        and bool(module._non_persistent_buffers_set)
+        and all(getattr(parameter, "_is_hf_initialized", False) for parameter in parameters)
+    )
+
+
+def _drop_second_copies(model: Any, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Leave out what transformers ties again when it loads, as it does for dense weights.
+
+    Args:
+        model: the model that is saved.
+        state: what is saved: plain tensors by their keys, in torchao's naming.
+        metadata: of the file, JSON by the names of the weights.
+    """
+    # The config is asked and not the model as it was loaded: it is what the loading side will read.
+    for name, kept in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        weight = model.get_parameter_or_buffer(name)
+        if not isinstance(weight, Int4OpaqueTensor) or name not in metadata or kept not in metadata:
+            continue
+        if weight is not model.get_parameter_or_buffer(kept):
+            continue
+        module, _, parameter = name.rpartition(".")
+        for part in json.loads(metadata.pop(name))["_tensor_data_names"]:
+            del state[f"{module}._{parameter}_{part}"]
+        names = json.loads(metadata["tensor_names"])
+        metadata["tensor_names"] = json.dumps([other for other in names if other != name])
+
+
+when_imported(QUANTIZER_MODULE, _patch)

@@ -1,0 +1,1 @@
+"""Our own kernels: C++ in ``csrc``, how it is compiled, and the calls into it."""

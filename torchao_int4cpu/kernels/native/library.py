@@ -1,0 +1,217 @@
+"""The native kernel: a shared library of plain C++, called through ctypes. Any number of rows.
+
+It reads the same bytes as PyTorch's op. Threads are those of the OpenMP runtime that PyTorch has
+loaded, as many as `torch.get_num_threads` says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.format.groupwise import CODE_OFFSET
+from torchao_int4cpu.format.layout import LAYOUTS, pack
+from torchao_int4cpu.format.packed import PackedInt4
+from torchao_int4cpu.kernels.native.build import LIBRARY_PATH, source_digest, supported_platform
+from torchao_int4cpu.kernels.portable.prefill import prefill
+
+#: In the order of ``kKernels`` in csrc/driver.cpp.
+KERNELS = ("avx2", "avx512", "avx512_bf16", "amx")
+
+#: By layout: the kernels that read it, best first.
+KERNELS_OF_LAYOUT = {"avx512": ("amx", "avx512_bf16", "avx512"), "avx2": ("avx2",), "default": ()}
+
+#: What PyTorch's own kernels may use, which `ATEN_CPU_CAPABILITY` lowers; ours keep to it.
+KERNELS_OF_CAPABILITY = {"AVX512": KERNELS, "AVX2": ("avx2",)}
+
+_INDEX = {name: i for i, name in enumerate(KERNELS)}
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_NO_MEMORY = -2
+
+#: ``struct Call`` of csrc/driver.cpp.
+_pack_call = struct.Struct("4i9q").pack
+
+
+class Unavailable(Exception):
+    """The library cannot be used, and why."""
+
+
+class NativeLibrary:
+    """The C functions of a compiled library.
+
+    Attributes:
+        path: of the library.
+        kernels: those that this CPU and this system can run, and that pass `self_test`.
+        failed: those that do not pass it.
+        shares_threads: whether it runs on the threads of PyTorch's OpenMP runtime, else on one.
+
+    Raises:
+        Unavailable: it cannot be loaded, or was built from other sources than this package has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path.resolve()))
+            library.int4cpu_digest.restype = ctypes.c_char_p
+            digest = library.int4cpu_digest().decode()
+        except (OSError, AttributeError) as error:
+            raise Unavailable(f"cannot load {path}: {error}") from error
+        if digest != source_digest():
+            raise Unavailable(f"{path} was built from other sources; install the package again")
+        pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        library.int4cpu_kernels.restype = ctypes.c_uint32
+        library.int4cpu_plan.argtypes = [i32, i64, i64, i64, i32, i32, ctypes.POINTER(i64)]
+        library.int4cpu_spin.argtypes = [i32, i32, i64]
+        library.int4cpu_spin.restype = i64
+        library.int4cpu_use_runtime.argtypes = [pointer, pointer]
+        mm = library.int4cpu_mm
+        mm.argtypes = [ctypes.c_char_p]
+        mm.restype = i64
+        self.path = path
+        self._library, self._mm = library, mm
+        found = library.int4cpu_kernels()
+        self.shares_threads = self._share_threads()
+        usable = [name for i, name in enumerate(KERNELS) if found >> i & 1]
+        self.kernels = tuple(name for name in usable if self.self_test(name))
+        self.failed = tuple(name for name in usable if name not in self.kernels)
+
+    def _share_threads(self) -> bool:
+        """Hand over PyTorch's OpenMP runtime, which torch loads for all to see."""
+        process = ctypes.CDLL(None)
+        try:
+            runtime = (process.GOMP_parallel, process.omp_in_parallel)
+        except AttributeError:
+            return False
+        self._library.int4cpu_use_runtime(*(ctypes.cast(f, ctypes.c_void_p) for f in runtime))
+        return True
+
+    def self_test(self, kernel: str) -> bool:
+        """Whether a kernel gets a product of small integers exactly right on this machine.
+
+        No one has tried every CPU, system and compiler. The product takes every path of a kernel: few
+        rows and many, whole blocks and a short one, padding along N and K.
+        """
+        layout = next(LAYOUTS[name] for name, names in KERNELS_OF_LAYOUT.items() if kernel in names)
+        n, k, group_size = 70, 90, 32
+        # On the CPU whatever torch.set_default_device says while this package is imported.
+        codes = (
+            torch.arange(80 * 96, device="cpu").mul(7).bitwise_and(15).to(torch.uint8).reshape(80, 96)
+        )
+        scale_and_zero = torch.tensor([1, -3], dtype=torch.bfloat16, device="cpu").repeat(3, 80, 1)
+        weight = PackedInt4(pack(codes, layout), scale_and_zero, group_size, layout, n, k)
+        x = torch.arange(97 * k, device="cpu").remainder(5).sub(2).reshape(97, k).to(torch.float32)
+        expected = x @ (codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)).t()
+        return all(torch.equal(self.mm(kernel, x[:m], weight), expected[:m]) for m in (1, 97))
+
+    def threads(self) -> int:
+        """How many threads a product uses now: one in a child of `os.fork`."""
+        threads: int = self._library.int4cpu_threads(torch.get_num_threads())
+        return threads
+
+    def plan(
+        self, kernel: str, m: int, n: int, k: int, group_size: int, threads: int
+    ) -> tuple[int, int, int, int]:
+        """How a product is cut: (rows of a task, tasks over rows, over blocks of N, over K)."""
+        counts = (ctypes.c_int64 * 4)()
+        self._library.int4cpu_plan(_INDEX[kernel], m, n, k, group_size, threads, counts)
+        rows, row_tasks, blocks, parts = counts
+        return rows, row_tasks, blocks, parts
+
+    def spin(self, kernel: str, rounds: int) -> int:
+        """Multiply in registers only, on all threads; return the number of operations done.
+
+        What the arithmetic of a kernel can reach at best, for `bench`.
+        """
+        operations: int = self._library.int4cpu_spin(_INDEX[kernel], torch.get_num_threads(), rounds)
+        return operations
+
+    def mm(self, kernel: str, x: Tensor, weight: PackedInt4) -> Tensor:
+        """``x · Wᵀ`` with one of `kernels`. ``x`` ``[M, K]``, M >= 0; ``[M, N]`` in its dtype.
+
+        Codes are multiplied exactly and summed in float32; scale and zero meet the sums of a group.
+        The bfloat16 kernels round x to bfloat16, the others take it as it is.
+
+        Raises:
+            MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows).
+        """
+        if _in_forked_child:
+            _warn_forked()
+        qdata, scale_and_zero, group_size, _, n, k = weight
+        m = x.shape[0]
+        if x.is_neg() or x._is_zerotensor():  # its numbers are not what lies in its memory, if any does
+            x = torch.empty(x.shape, dtype=x.dtype).copy_(x)
+        if x.is_contiguous():
+            x_stride = k
+        else:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            x_stride = x.stride(0)
+        y = x.new_empty(m, n)
+        call = _pack_call(
+            _INDEX[kernel],
+            _DTYPE_CODES[x.dtype],
+            group_size,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            x_stride,
+            qdata.data_ptr(),
+            scale_and_zero.data_ptr(),
+            scale_and_zero.stride(0) // 2,
+            y.data_ptr(),
+            m,
+            n,
+            k,
+        )
+        not_finite: int = self._mm(call)
+        if not_finite:
+            if not_finite == _NO_MEMORY:
+                raise MemoryError(f"no memory to pack an activation of shape {[m, k]}")
+            assert not_finite > 0, f"int4cpu_mm({kernel}) returned {not_finite}"
+            rows = ~x.isfinite().all(dim=1)
+            y[rows] = prefill(x[rows], weight)  # the dense product: NaN and infinity stay in their row
+        return y
+
+
+_in_forked_child = False
+
+
+def _after_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+def _warn_forked() -> None:
+    global _in_forked_child
+    _in_forked_child = False
+    if torch.get_num_threads() > 1:
+        warnings.warn(
+            "a process made by os.fork has none of the threads of PyTorch's OpenMP runtime, so 4-bit "
+            "products run on one thread here; start processes with 'spawn', or call "
+            "torch.set_num_threads(1) in the child if that is meant",
+            stacklevel=2,
+        )
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none, and no fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def load() -> NativeLibrary | Unavailable:
+    """The library of this installation, or why there is none."""
+    if not supported_platform():
+        return Unavailable(f"there is none for {sys.platform} on {platform.machine()}")
+    if not LIBRARY_PATH.exists():
+        return Unavailable(
+            "it was not compiled; install g++ (11 or newer) and install the package again"
+        )
+    try:
+        return NativeLibrary(LIBRARY_PATH)
+    except Unavailable as reason:
+        return reason

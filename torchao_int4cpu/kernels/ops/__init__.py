@@ -1,0 +1,1 @@
+"""The kernels as `torch.library` ops, for autograd, `torch.compile` and `torch.export`."""

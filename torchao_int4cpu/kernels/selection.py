@@ -1,0 +1,295 @@
+"""Which kernel runs when: the native one if there is one, else `decode` or `prefill`.
+
+`decode` is for few rows and `prefill` for many, by measured thresholds. `set_kernel` forces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout
+from torchao_int4cpu.format.packed import PackedInt4
+from torchao_int4cpu.kernels.native.library import (
+    KERNELS_OF_CAPABILITY,
+    KERNELS_OF_LAYOUT,
+    NativeLibrary,
+    Unavailable,
+    load,
+)
+from torchao_int4cpu.kernels.portable.decode import decode
+from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE, prefill
+
+
+class DecodeRange(NamedTuple):
+    """Where `decode` is the faster kernel: up to ``rows + products / (N·K)`` rows.
+
+    Attributes:
+        rows: where the two cross when the weight is large.
+        products: multiplications that `decode` does in the time that `prefill` needs for its calls into
+            torch alone, whatever their size.
+    """
+
+    rows: int
+    products: int
+
+
+#: By layout and by the dtype of the dense product: where `prefill` is ahead even while others use the
+#: shared cache. Measured with N=K=4096, group 128, bfloat16 activations on 2 cores of an EPYC 9004, ms
+#: of decode / prefill on a quiet and on a busy machine:
+#: avx512, bfloat16: M=64 12.5 / 12.2 and 14.4, M=80 15.5 / 14.5 and 19.4, M=96 18.6 / 16.0 and 20.2.
+#: avx512, float32: M=384 74 / 83, M=1024 199 / 200. avx2, bfloat16: M=32 9.8 / 10.9 and 18.3,
+#: M=48 14.7 / 11.7 and 19.6. avx2, float32: M=64 19.5 / 20.5 and 23.5, M=80 24.3 / 23.5 and 26.0.
+#: default, bfloat16: M=1 15.0 / 22.4 and 42, M=2 33.6 / 22.8 and 40. default, float32: M=1 15 / 14 and
+#: 16, M=2 34 / 14 and 18. Small weights, avx512, bfloat16, group 32: N=K=384 M=300 0.53 / 0.56, M=400
+#: 0.71 / 0.63; 1536 x 384 M=100 0.71 / 0.74, M=150 1.06 / 0.91; default, N=K=384: M=2 0.31 / 0.38, M=4
+#: 0.61 / 0.41.
+DECODE_RANGES = {
+    ("avx512", torch.bfloat16): DecodeRange(80, 40_000_000),
+    ("avx512", torch.float32): DecodeRange(1024, 40_000_000),
+    ("avx2", torch.bfloat16): DecodeRange(48, 40_000_000),
+    ("avx2", torch.float32): DecodeRange(80, 40_000_000),
+    ("default", torch.bfloat16): DecodeRange(2, 300_000),
+    ("default", torch.float32): DecodeRange(1, 300_000),
+}
+
+_HERE = {name: DECODE_RANGES[name, DENSE_DTYPE] for name in LAYOUTS}
+
+
+SELECTIONS = ("auto", "aten", "native")
+SELECTION_VARIABLE = "TORCHAO_INT4CPU_KERNEL"
+
+LIBRARY = load()
+
+
+def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> dict[str, str]:
+    """By layout: the best native kernel for what PyTorch's own kernels may use."""
+    if isinstance(library, Unavailable):
+        return {}
+    if library.failed:
+        warnings.warn(
+            f"the native kernels {list(library.failed)} compute wrong numbers on this machine and are "
+            "not used; please report the CPU and the compiler",
+            stacklevel=2,
+        )
+    if not library.shares_threads and torch.get_num_threads() > 1:
+        warnings.warn(
+            "PyTorch's OpenMP runtime was not found in this process, so native kernels run on one "
+            "thread; choose torchao_int4cpu.set_kernel('aten') for PyTorch's own threads",
+            stacklevel=2,
+        )
+    allowed = KERNELS_OF_CAPABILITY.get(capability, ())
+    best = {}
+    for layout, names in KERNELS_OF_LAYOUT.items():
+        runnable = [name for name in names if name in library.kernels and name in allowed]
+        if runnable:
+            best[layout] = runnable[0]
+    return best
+
+
+_RUNNABLE = _runnable_kernels(LIBRARY, torch.backends.cpu.get_cpu_capability())
+_selection = "auto"
+#: By layout: the native kernel that multiplies now, as its name and as the call.
+_native_kernels: dict[str, str] = {}
+_native_products: dict[str, Callable[[Tensor, PackedInt4], Tensor]] = {}
+
+
+class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as a function
+    """Choose what multiplies by 4-bit weights in this process, from now on.
+
+    As a context manager, ``with set_kernel("aten"): ...``, until the end of the block, when what was
+    chosen before comes back. The choice is one of the process: other threads see it, too.
+
+    Args:
+        name: ``"auto"`` for the native kernel where there is one and PyTorch's op elsewhere (the
+            default), ``"aten"`` for ``aten._weight_int4pack_mm_for_cpu`` and the dense prefill, or
+            ``"native"`` to be told if there is no native kernel. Graphs that `torch.compile` traces
+            under ``"aten"`` show the op itself for few rows, and so do exported programs after
+            ``run_decompositions``, with a check of the layout; a graph keeps what it shows. The
+            environment variable ``TORCHAO_INT4CPU_KERNEL`` sets the same at import.
+
+    Raises:
+        ValueError: another name, or ``"native"`` where no native kernel runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in SELECTIONS:
+            raise ValueError(f"kernel {name!r} is not known; choose 'auto', 'aten' or 'native'")
+        if name == "native" and not _RUNNABLE:
+            raise ValueError(
+                f"kernel 'native' cannot run here: {native_unavailable()}; choose 'auto' or 'aten'"
+            )
+        self._before = _selection
+        _select(name)
+
+    def __exit__(self, *_: object) -> None:
+        _select(self._before)
+
+
+def _select(name: str) -> None:
+    global _selection, _native_kernels, _native_products
+    _selection = name
+    _native_kernels = {} if name == "aten" else _RUNNABLE
+    _native_products = {}
+    if not isinstance(LIBRARY, Unavailable):
+        _native_products = {
+            layout: functools.partial(LIBRARY.mm, kernel) for layout, kernel in _native_kernels.items()
+        }
+
+
+def get_kernel() -> str:
+    """What `set_kernel` or the environment chose: ``"auto"``, ``"aten"`` or ``"native"``."""
+    return _selection
+
+
+def native_unavailable() -> str | None:
+    """Why no native kernel can run in this process, or None if one can."""
+    if isinstance(LIBRARY, Unavailable):
+        return str(LIBRARY)
+    if _RUNNABLE:
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"there is none for the CPU capability {capability!r}, which PyTorch's kernels keep to here"
+
+
+def native_status() -> str:
+    """Whether native kernels can run in this process, and if not or slower than they might, why."""
+    if isinstance(LIBRARY, Unavailable) or not _RUNNABLE:
+        return str(native_unavailable())
+    if LIBRARY.shares_threads:
+        return "compiled, and right in their self-test"
+    return "compiled, but on one thread: PyTorch's OpenMP runtime was not found in this process"
+
+
+def native_kernel(layout: NibbleLayout) -> str | None:
+    """Name of the native kernel that multiplies by weights in this layout now, if one does."""
+    return _native_kernels.get(layout.name)
+
+
+def operations_at_best(rounds: int) -> int:
+    """Run the arithmetic of the native kernel of this process's layout, in registers only.
+
+    Returns:
+        The number of operations done by torch's threads; 0 if there is no such kernel.
+    """
+    layout = native_layout()
+    kernel = None if layout is None else _RUNNABLE.get(layout.name)
+    if kernel is None or isinstance(LIBRARY, Unavailable):
+        return 0
+    return LIBRARY.spin(kernel, rounds)
+
+
+def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
+    """Multiply, with the kernel that is fastest for this shape.
+
+    Args:
+        x: ``[M, K]``, bfloat16, float16 or float32, M >= 0.
+        weight: ``[N, K]`` packed.
+
+    Returns:
+        ``[M, N]`` contiguous, in the dtype of ``x``.
+    """
+    native = _native_products.get(weight.layout.name)
+    if native is not None:
+        return native(x, weight)
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.n)
+    if choose_kernel(x.shape[0], weight) == "decode":
+        return decode(x, weight)
+    return prefill(x, weight)
+
+
+def choose_kernel(m: int, weight: PackedInt4) -> str:
+    """Return ``"native"``, ``"decode"`` or ``"prefill"`` for ``m`` rows.
+
+    A weight in a layout that is not this process's, and for which there is no native kernel, can only
+    be expanded: that is right but slow for few rows, so it warns once.
+    """
+    if native_kernel(weight.layout) is not None:
+        return "native"
+    if weight.layout != native_layout():
+        _warn_foreign_layout(weight.layout)
+        return "prefill"
+    return "decode" if m <= decode_max_rows(weight) else "prefill"
+
+
+def decode_max_rows(weight: PackedInt4) -> int:
+    """The number of rows up to which `decode` is faster than `prefill`, in this process's layout."""
+    limits = _HERE[weight.layout.name]
+    return limits.rows + limits.products // (weight.n * weight.k)
+
+
+class KernelChoice(NamedTuple):
+    """One line of `kernel_choices`: for which numbers of rows, the kernel that runs, the reason."""
+
+    rows: str
+    kernel: str
+    reason: str
+
+
+def kernel_choices() -> list[KernelChoice]:
+    """Which kernel runs in this process for how many rows, and why, for people to read."""
+    lines = [
+        KernelChoice(f"layout {layout!r}, any M", "native", f"{_NATIVE_REASONS[name]} ({name})")
+        for layout, name in _native_kernels.items()
+    ]
+    layout = native_layout()
+    dense = str(DENSE_DTYPE).removeprefix("torch.")
+    if layout is None:
+        reason = f"PyTorch's int4 op does not run here; the weight is expanded to {dense}"
+        return [*lines, KernelChoice("any M", "prefill", reason)]
+    if layout.name not in _native_kernels:
+        limits = _HERE[layout.name]
+        border = f"{limits.rows} + {limits.products:.0e} / (N*K)"
+        lines += [
+            KernelChoice(
+                f"layout {layout.name!r}, M <= {border}",
+                "decode",
+                "aten._weight_int4pack_mm_for_cpu in bfloat16: reads the 4-bit weight only",
+            ),
+            KernelChoice(
+                f"layout {layout.name!r}, more rows",
+                "prefill",
+                f"expanding the weight to {dense} for a dense product is faster",
+            ),
+        ]
+    return [
+        *lines,
+        KernelChoice(
+            "other layouts", "prefill", "right, but slow for few rows: .repack_() such a weight once"
+        ),
+    ]
+
+
+_NATIVE_REASONS = {
+    "amx": "bfloat16 tiles; dot products for up to 6 rows",
+    "avx512_bf16": "bfloat16 dot products; the 4-bit weight is expanded in registers or a cache",
+    "avx512": "float32 products; the 4-bit weight is expanded in registers or a cache",
+    "avx2": "float32 products; the 4-bit weight is expanded in registers or a cache",
+}
+
+_warned_layouts: set[str] = set()
+
+
+def _warn_foreign_layout(layout: NibbleLayout) -> None:
+    if layout.name in _warned_layouts:
+        return
+    _warned_layouts.add(layout.name)
+    native = native_layout()
+    if native is None:
+        reason = "PyTorch's int4 op does not run here"
+        cure = "every product expands the weight first, so few rows will be slow"
+    else:
+        reason = f"this process runs {native.name!r}"
+        cure = "products are right but slow for few rows; call .repack_() on it once"
+    warnings.warn(f"a 4-bit weight is packed for {layout.name!r} but {reason}: {cure}", stacklevel=2)
+
+
+set_kernel(os.environ.get(SELECTION_VARIABLE) or "auto")
