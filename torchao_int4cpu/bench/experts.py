@@ -22,8 +22,8 @@ class MoeShape:
     """The experts of a layer; the default is one matrix of Qwen3-30B-A3B.
 
     Attributes:
-        experts: E, so many there are.
-        hit: so many are hit in a call, each by ``tokens / hit`` tokens.
+        experts: E, the number of them.
+        hit: the number of those hit in a call, each by ``tokens / hit`` tokens.
         n, k: out features and in features of an expert.
     """
 
@@ -35,7 +35,7 @@ class MoeShape:
 
 @dataclass(frozen=True)
 class MoeRow:
-    """One way to multiply, for so many pairs of token and expert.
+    """One way to multiply, for the given number of pairs of token and expert.
 
     Attributes:
         kernel: ``hit of all`` (F.grouped_mm on the whole stack), ``hit of hit`` (on stacks of just so

@@ -24,7 +24,7 @@ from torchao_int4cpu.format.packed import int4_mm_reference
 from torchao_int4cpu.kernels.selection import native_kernel, operations_at_best
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
-#: Distinct weights of one kernel take at least so many bytes together: several times any L3 cache here.
+#: The least bytes that the distinct weights of one kernel take together: several times any L3 cache.
 CYCLE_BYTES = 256 * 2**20
 
 #: Rows of the activation on which the error is measured; the exact product is slow.
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
     gflop_per_s: float | None
 
     def ms(self, moved: int, operations: int) -> float:
-        """The least milliseconds for so many bytes and operations."""
+        """The least milliseconds for a number of bytes and of operations."""
         arithmetic = operations / self.gflop_per_s if self.gflop_per_s else 0.0
         return max(moved / self.read_gb_per_s, arithmetic) / 1e6
 

@@ -188,7 +188,7 @@ def run(
 
 
 def load(source: str | LlamaShape, tokens: int) -> Any:
-    """Return a causal language model of transformers in bfloat16, for so many tokens.
+    """Return a causal language model of transformers in bfloat16, for that number of tokens.
 
     Random weights are the same each time.
 
@@ -471,7 +471,7 @@ class _Variant:
         self.decode_s += decode
 
     def _read(self, new_tokens: int) -> tuple[list[float], list[Tensor]]:
-        """Read the prompt, then so many tokens one by one: seconds and last logits of each pass."""
+        """Read the prompt, then the given number of tokens one by one: seconds and last logits of each pass."""
         self._cache.reset()
         ids, start = self.text
         inputs = [ids[:, :start], *(ids[:, i : i + 1] for i in range(start, start + new_tokens))]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 
-#: A pass stops cycling after about so many seconds; products that slow are not bound by memory.
+#: Seconds after which a pass stops cycling, about; products that slow are not bound by memory.
 MAX_PASS_SECONDS = 0.5
 
 #: A pass over small weights is repeated until it takes about so long, so that the clock is no matter.
@@ -42,7 +42,7 @@ def interleaved(kernels: dict[str, TimedCall], count: int, passes: int) -> dict[
 
 @dataclass(frozen=True)
 class _Turn:
-    """What one pass does with one kernel: so many calls after each other, so many times."""
+    """What one pass does with one kernel: a number of calls after each other, a number of times."""
 
     kernel: TimedCall
     cycled: int

@@ -26,7 +26,7 @@ from torchao_int4cpu.format.layout import LAYOUTS, native_layout
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.version import __version__
 
-#: A shard holds at most so many bytes, or as many as the largest tensor of the source.
+#: The most bytes that a shard holds, unless the largest tensor of the source has more.
 SHARD_BYTES = 64 * 2**20
 
 #: Elements whose error is measured at once, so that no float32 copy of a weight is made.

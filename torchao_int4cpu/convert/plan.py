@@ -94,7 +94,7 @@ def make_plan(
         except re.error as error:
             raise ValueError(
                 f"skip pattern {pattern!r} is no regular expression ({error}); "
-                "give the name of a module, or mend the pattern"
+                "give the name of a module, or correct the pattern"
             ) from None
     model_config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(model_config, "quantization_config", None) is not None:

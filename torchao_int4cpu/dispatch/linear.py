@@ -82,7 +82,7 @@ def exported_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
     A graph on the parts of the weight would name their layout, but the weights of a saved program are
     repacked for the process that loads them. ``run_decompositions`` and AOTInductor take the op apart,
-    and make the parts plain tensors that nobody repacks.
+    and make the parts plain tensors, which are not repacked.
     """
     y: Tensor = torch.ops.torchao_int4cpu.linear.default(_cast_by_autocast(input), weight, bias)
     return y

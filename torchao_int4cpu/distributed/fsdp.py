@@ -65,7 +65,7 @@ def fsdp_post_all_gather(
 
     Args:
         t: the shard of this rank; the whole weight gets its layout.
-        outputs: what `fsdp_pre_all_gather` gives, of all ranks below each other.
+        outputs: what `fsdp_pre_all_gather` gives, of all ranks, joined along the first dimension.
         shard_shape: from there, too.
         param_dtype: of the whole weight.
         out: the weight that was made the first time, whose memory FSDP2 has freed since and allocated

@@ -60,7 +60,7 @@ def at_border(row: int, n: int, layout: NibbleLayout) -> bool:
 
 
 def join_rows(pieces: Sequence[PackedRows], layout: NibbleLayout) -> Tensor:
-    """Put rows below each other: uint8 ``[N', K'/2]`` in the order of ``layout``, a copy.
+    """Join rows along N: uint8 ``[N', K'/2]`` in the order of ``layout``, a copy.
 
     The rows that pad N to N' hold code 8.
     """

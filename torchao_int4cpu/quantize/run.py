@@ -71,7 +71,7 @@ _current: ContextVar[Run | None] = ContextVar("current run of quantize_", defaul
 #: seen, so it counts only for visits with this config.
 _by_name: ContextVar[tuple[Run, FqnToConfig] | None] = ContextVar("run by names", default=None)
 
-#: Whether memory that nobody has written yet may be "quantized", because only the shape is asked for.
+#: Whether uninitialized memory may be "quantized", because only the shape is asked for.
 _allocating: ContextVar[bool] = ContextVar("allocating", default=False)
 
 

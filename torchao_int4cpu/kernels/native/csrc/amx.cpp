@@ -200,5 +200,15 @@ int64_t spin(int64_t rounds) {
 }  // namespace
 
 const int4cpu::Kernel int4cpu::kAmx = {
-    "amx", Here::kBlock, Bf16::kMaxStep, sizeof(Bf16::Element), kTile, 256,
-    kRows, &Here::pack_rows, &multiply, &Here::store, &spin};
+    .name = "amx",
+    .block_rows = Here::kBlock,
+    .max_step = Bf16::kMaxStep,
+    .element_bytes = sizeof(Bf16::Element),
+    .row_multiple = kTile,
+    .task_rows = 256,
+    .tile_rows = kRows,
+    .pack_rows = &Here::pack_rows,
+    .multiply = &multiply,
+    .store = &Here::store,
+    .spin = &spin,
+};

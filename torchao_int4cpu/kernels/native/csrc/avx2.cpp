@@ -141,6 +141,15 @@ using Here = Gemm<Avx2>;
 }  // namespace
 
 const int4cpu::Kernel int4cpu::kAvx2 = {
-    "avx2",          Here::kBlock, Avx2::kMaxStep, sizeof(Avx2::Element), 1, 528,
-    Avx2::kTileRows, &Here::pack_rows, &Here::multiply, &Here::store,
-    &Here::spin};
+    .name = "avx2",
+    .block_rows = Here::kBlock,
+    .max_step = Avx2::kMaxStep,
+    .element_bytes = sizeof(Avx2::Element),
+    .row_multiple = 1,
+    .task_rows = int4cpu::kMaxTaskRows,
+    .tile_rows = Avx2::kTileRows,
+    .pack_rows = &Here::pack_rows,
+    .multiply = &Here::multiply,
+    .store = &Here::store,
+    .spin = &Here::spin,
+};

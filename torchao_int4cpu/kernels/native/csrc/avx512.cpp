@@ -55,6 +55,15 @@ using Here = Gemm<Avx512>;
 }  // namespace
 
 const int4cpu::Kernel int4cpu::kAvx512 = {
-    "avx512",          Here::kBlock, Avx512::kMaxStep, sizeof(Avx512::Element), 1, 528,
-    Avx512::kTileRows, &Here::pack_rows, &Here::multiply, &Here::store,
-    &Here::spin};
+    .name = "avx512",
+    .block_rows = Here::kBlock,
+    .max_step = Avx512::kMaxStep,
+    .element_bytes = sizeof(Avx512::Element),
+    .row_multiple = 1,
+    .task_rows = int4cpu::kMaxTaskRows,
+    .tile_rows = Avx512::kTileRows,
+    .pack_rows = &Here::pack_rows,
+    .multiply = &Here::multiply,
+    .store = &Here::store,
+    .spin = &Here::spin,
+};

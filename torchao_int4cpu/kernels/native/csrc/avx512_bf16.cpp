@@ -9,6 +9,15 @@ using Here = Gemm<Bf16>;
 }  // namespace
 
 const int4cpu::Kernel int4cpu::kAvx512Bf16 = {
-    "avx512_bf16",   Here::kBlock, Bf16::kMaxStep, sizeof(Bf16::Element), 1, 528,
-    Bf16::kTileRows, &Here::pack_rows, &Here::multiply, &Here::store,
-    &Here::spin};
+    .name = "avx512_bf16",
+    .block_rows = Here::kBlock,
+    .max_step = Bf16::kMaxStep,
+    .element_bytes = sizeof(Bf16::Element),
+    .row_multiple = 1,
+    .task_rows = int4cpu::kMaxTaskRows,
+    .tile_rows = Bf16::kTileRows,
+    .pack_rows = &Here::pack_rows,
+    .multiply = &Here::multiply,
+    .store = &Here::store,
+    .spin = &Here::spin,
+};

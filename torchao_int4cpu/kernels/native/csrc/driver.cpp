@@ -220,7 +220,7 @@ void run_task(void* opaque, int64_t i) {
   kernel.store(p, task, first);
 }
 
-// Below about so many multiplications of one row, waking other threads takes longer than it saves.
+// Multiplications of one row below which waking other threads takes longer than it saves, about.
 constexpr int64_t kSerialWork = INT64_C(1) << 17;
 
 char* carve(char*& from, int64_t bytes) {
