@@ -16,7 +16,7 @@ from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
 from torchao_int4cpu.tensor.module_repr import ExtraRepr as ExtraRepr  # pickles name it here
-from torchao_int4cpu.version import __version__
+from torchao_int4cpu.version import __version__, warn_of_untested
 
 __all__ = [
     "GroupwiseInt4",
@@ -31,4 +31,6 @@ __all__ = [
     "set_kernel",
 ]
 
-del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm
+warn_of_untested()
+
+del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm, warn_of_untested

@@ -5,10 +5,44 @@ The build reads ``__version__`` without importing torch, so torch is imported wh
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 __version__ = "0.1.0"
+
+#: The newest versions that the tests were run with. The oldest are in pyproject.toml.
+NEWEST_TESTED = {"torch": (2, 15), "torchao": (0, 18)}
+
+
+def untested(found: dict[str, str]) -> list[str]:
+    """Which of these versions, by package, are newer than `NEWEST_TESTED`."""
+    newer = []
+    for package, version in found.items():
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers and (int(numbers[1]), int(numbers[2])) > NEWEST_TESTED[package]:
+            newer.append(f"{package} {version}")
+    return newer
+
+
+def warn_of_untested() -> None:
+    """Warn if torch or torchao is newer than any version that was tested.
+
+    It works as far as the self-checks at import pass: the layout is found by asking PyTorch's op, and a
+    native kernel that computes a wrong number is not used. Python shows the warning once.
+    """
+    import torch
+    import torchao
+
+    newer = untested({"torch": torch.__version__, "torchao": torchao.__version__})
+    if newer:
+        warnings.warn(
+            f"torchao_int4cpu {__version__} was not tested with {' and '.join(newer)}; it goes by its "
+            "self-checks (python -m torchao_int4cpu info shows them), so compare an output with a "
+            "known one, or install a newer torchao_int4cpu",
+            stacklevel=3,
+        )
 
 
 def hide_from_dynamo(function: Callable[..., Any]) -> None:

@@ -471,7 +471,7 @@ class _Variant:
         self.decode_s += decode
 
     def _read(self, new_tokens: int) -> tuple[list[float], list[Tensor]]:
-        """Read the prompt, then the given number of tokens one by one: seconds and last logits of each pass."""
+        """Read the prompt, then new tokens one by one: seconds and last logits of each pass."""
         self._cache.reset()
         ids, start = self.text
         inputs = [ids[:, :start], *(ids[:, i : i + 1] for i in range(start, start + new_tokens))]
