@@ -1,7 +1,7 @@
 """Parts that a class declares: what cuts, joins, copies, files and processes do with one more of them.
 
-`Marked` has a number for each column and one for each row beside what `Int4OpaqueTensor` has. No line of
-the package knows these parts; what is done to them follows from their declaration alone.
+`Marked` has a number for each column and one for each row beside what `Int4OpaqueTensor` has. No line
+of the package knows these parts; what is done to them follows from their declaration alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Marked(Int4OpaqueTensor):
     columns: Tensor | None
     rows: Tensor | None
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls, *args: Any, columns: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any
     ) -> Any:
         return super().__new__(cls, *args, **kwargs)
