@@ -43,6 +43,14 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    """No graph of another test, and none for the next."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def aten() -> Iterator[None]:
     """PyTorch's op and the dense prefill, whether or not there is a native kernel."""
     before = get_kernel()

@@ -208,7 +208,7 @@ print((peak_kib() - before) * 1024 / w.nbytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("algorithm", ["tinygemm", "mse"])
+@pytest.mark.parametrize("algorithm", ["tinygemm", pytest.param("mse", marks=pytest.mark.slow)])
 def test_memory_is_bounded(algorithm: str) -> None:
     """Codes (half of a bfloat16 weight), packing (half), the result (a quarter), chunks (48 MiB)."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

@@ -21,10 +21,7 @@ from torchao_int4cpu.format.packed import int4_mm_reference
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("_fresh_dynamo")
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, n: int = 600, k: int = 512) -> Any:
@@ -86,7 +83,7 @@ def test_no_more_graphs_than_a_dense_layer(rows: list[int], options: dict[str, A
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("m", [1, 5, 700])
+@pytest.mark.parametrize("m", [1, pytest.param(5, marks=pytest.mark.slow), 700])
 def test_inductor_equals_eager(dtype: torch.dtype, m: int) -> None:
     eager = layer(dtype)
     with warnings.catch_warnings():

@@ -7,7 +7,6 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +22,25 @@ from torchao.prototype.safetensors.safetensors_support import (
 )
 from torchao.quantization import FqnToConfig, quantize_
 
+from tests.embedding_models import (
+    CONFIG,
+    K,
+    N,
+    Tied,
+    assert_tied,
+    embedding,
+    expected,
+    indices,
+    linear_and_embedding,
+    tied,
+)
 from tests.numerics import assert_int4
 from tests.test_bytes import usage_of
-from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
 from tests.weights import ALL_LAYOUTS, random_weight
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.kernels.portable.dequantize import CHUNK_ELEMENTS
 from torchao_int4cpu.quantize import run as quantize_run
-
-N, K = 100, 70
-CONFIG = Int4WeightOnlyConfig(group_size=32)
-
-
-def linear_and_embedding(module: nn.Module, name: str) -> bool:
-    """What the README tells to give as ``filter_fn``."""
-    return isinstance(module, (nn.Linear, nn.Embedding))
-
-
-def embedding(config: Int4WeightOnlyConfig = CONFIG, **options: Any) -> nn.Embedding:
-    table = nn.Embedding(N, K, **options)
-    quantize_(table, config, filter_fn=linear_and_embedding)
-    assert_int4(table.weight, (N, K), config.group_size)
-    return table
-
-
-def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.randint(0, N, shape, dtype=dtype)
-
-
-def expected(table: nn.Embedding, idx: Tensor) -> Tensor:
-    """Rows of the whole weight, expanded."""
-    weight: Any = table.weight
-    dense: Tensor = weight.dequantize()
-    return dense[idx.long()]
-
 
 # --- looking rows up ----------------------------------------------------------------------------
 
@@ -172,120 +155,6 @@ def test_only_the_rows_asked_for_are_expanded() -> None:
     used = usage_of(lambda: F.embedding(many, table))
     assert used.largest == 10_000 * row > 4 * CHUNK_ELEMENTS  # the result, of several chunks
     assert used.peak < 10_000 * row + 16 * CHUNK_ELEMENTS
-
-
-# --- compiled, exported -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic: bool) -> None:
-    torch.compiler.reset()  # or the limit of recompilations counts other tests' tables, too
-    table = embedding(padding_idx=0)
-    compiled = torch.compile(table, fullgraph=True, dynamic=dynamic)
-    for shape in ((2, 3), (0, 3), (1, 1)):
-        idx = indices(*shape)
-        assert torch.equal(compiled(idx), expected(table, idx))
-        with torch.inference_mode():
-            assert torch.equal(compiled(idx), expected(table, idx))
-
-
-def test_inference_mode_and_vmap() -> None:
-    table, idx = embedding(), indices(4, 3)
-    with torch.inference_mode():
-        assert table(idx).is_inference()
-        assert torch.equal(table(idx), expected(table, idx))
-    assert torch.equal(torch.func.vmap(table)(idx), expected(table, idx))
-
-
-class Tied(nn.Module):
-    """An embedding and a head with one weight, the smallest language model."""
-
-    embed: nn.Embedding
-    head: nn.Linear
-
-    def __init__(self, head_first: bool = False) -> None:
-        super().__init__()
-        for name in ("head", "embed") if head_first else ("embed", "head"):
-            made = nn.Embedding(N, K) if name == "embed" else nn.Linear(K, N, bias=False)
-            setattr(self, name, made)
-        self.inner = nn.Linear(K, K)
-        self.head.weight = self.embed.weight
-
-    def forward(self, idx: Tensor) -> Tensor:
-        y: Tensor = self.head(self.inner(self.embed(idx)))
-        return y
-
-
-def tied(head_first: bool = False) -> Tied:
-    model = Tied(head_first)
-    quantize_(model, CONFIG, filter_fn=linear_and_embedding)
-    return model
-
-
-def assert_tied(model: Tied) -> None:
-    assert_int4(model.embed.weight, (N, K), 32)
-    assert model.head.weight is model.embed.weight
-
-
-def test_compiled_with_a_tied_head() -> None:
-    model = tied()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        for shape in ((2, 3), (5, 1)):
-            idx = indices(*shape)
-            assert torch.equal(compiled(idx), model(idx))
-
-
-WRITE = """
-import sys, torch
-from tests.test_embedding import indices, tied
-
-folder, capability = sys.argv[1:]
-torch.manual_seed(0)
-model, idx = tied(), indices(2, 3)
-shapes = ({0: torch.export.Dim("batch", max=50)},)
-program = torch.export.export(model.embed, (idx,), dynamic_shapes=shapes)
-ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-assert ops == ["aten.embedding.default"], ops
-torch.export.save(program, f"{folder}/{capability}.whole.pt2")
-torch.export.save(program.run_decompositions(), f"{folder}/{capability}.parts.pt2")
-program = torch.export.export(model, (idx,))
-torch.export.save(program, f"{folder}/{capability}.model.pt2")
-with torch.no_grad():
-    torch.save((idx, model.embed(idx), model(idx)), f"{folder}/{capability}.rows.pt")
-"""
-
-READ = """
-import sys, torch, torchao_int4cpu
-
-folder, *writers = sys.argv[1:]
-for writer in writers:
-    idx, rows, logits = torch.load(f"{folder}/{writer}.rows.pt")
-    for stage in ("whole", "parts"):
-        program = torch.export.load(f"{folder}/{writer}.{stage}.pt2").module()
-        assert torch.equal(program(idx), rows), (writer, stage)
-        assert torch.equal(program(idx.repeat(20, 1)), rows.repeat(20, 1, 1)), (writer, stage)
-    y = torch.export.load(f"{folder}/{writer}.model.pt2").module()(idx)
-    # where the dense product rounds the weight and the activation to bfloat16, twice in a row
-    assert float((y - logits).norm() / logits.norm()) < 2.0**-7, writer
-"""
-
-
-WRITERS = [name for name in CAPABILITIES if SUPPORTED[name]]
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("programs")
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda writer: run(writer, "-c", WRITE, str(folder), writer), WRITERS))
-    return folder
-
-
-@pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
-def test_a_program_from_any_instruction_set(reader: str, programs: Path) -> None:
-    """The rows are equal bit for bit, whoever exported and whoever runs."""
-    run(reader, "-c", READ, str(programs), *WRITERS)
 
 
 # --- one weight for an embedding and a head -----------------------------------------------------

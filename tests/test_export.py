@@ -222,6 +222,7 @@ def outputs(programs: Path) -> dict[str, Future[str]]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_a_program_from_any_instruction_set(reader: str, outputs: dict[str, Future[str]]) -> None:
     """All ordered pairs. Our op gives the right numbers; PyTorch's does so or the program refuses."""
@@ -325,6 +326,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_views_and_products_from_any_instruction_set(reader: str, forms: Path) -> None:
     done = run(reader, "-c", READ_FORMS, str(forms), reader, *WRITERS)
@@ -352,7 +354,7 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("stage", "missing"),
     [
-        ("whole", "import of torchao_int4cpu halted"),
+        pytest.param("whole", "import of torchao_int4cpu halted", marks=pytest.mark.slow),
         ("parts", "We failed to resolve torch.ops.torchao_int4cpu.int4_mm.default to an operator"),
     ],
     ids=["whole", "parts"],
@@ -454,6 +456,7 @@ def ops_called(package: Path) -> set[str]:
     return {node["node"]["target"] for node in called["nodes"]}
 
 
+@pytest.mark.slow
 def test_aotinductor(tmp_path: Path) -> None:
     """In a fresh process that imports this package; without it, and in C++, the op is missing."""
     package = tmp_path / "layers.pt2"

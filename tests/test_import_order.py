@@ -149,6 +149,12 @@ def test_every_folder_says_what_it_owns() -> None:
         assert text.splitlines()[0].endswith("."), folder
 
 
+def test_no_test_file_is_longer_than_500_lines() -> None:
+    paths = Path(__file__).parent.rglob("*.py")
+    lengths = {path.name: len(path.read_text().splitlines()) for path in paths}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
 def test_the_rule_would_catch_a_wrong_import() -> None:
     assert broken_rules("format.layout", {"format.checks"}) == ["format.checks"]
     assert broken_rules("format.layout", {"tensor.int4"}) == ["tensor.int4"]

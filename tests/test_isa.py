@@ -39,18 +39,35 @@ def run(capability: str, *command: str, **extra: str) -> str:
     return done.stdout
 
 
+#: This process's own: what runs under it anyway need not run in a child.
+OWN = torch.backends.cpu.get_cpu_capability().lower()
+OTHERS = [name for name in CAPABILITIES if name != OWN]
+
+
 @pytest.mark.parametrize("capability", [_param(name) for name in CAPABILITIES])
-def test_the_layout_is_found_and_kernels_hold(capability: str) -> None:
-    """The layout against the op, every kernel and every handler, with that instruction set."""
+def test_the_layout_is_found(capability: str) -> None:
     found = run(capability, "-c", "import torchao_int4cpu as t; print(t.native_layout().name)")
     assert found.strip() == capability
-    kernels = ("kernels", "kernel_limits", "expert_kernels", "native")
-    names = ("layout", "slicing", *kernels, "tensor", "dispatch", "algebra")
+
+
+def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
     tests = [f"tests/test_{name}.py" for name in names]
-    without = (
-        "not memory and not opcheck and not sanitizers and not build"  # slow, and the same everywhere
-    )
-    run(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", without, *tests)
+    run(capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--all", "-k", without, *tests)
+
+
+@pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
+def test_layout_and_weight_hold(capability: str) -> None:
+    """The layout against the op, and what a weight is, with that instruction set."""
+    run_tests(capability, ("layout", "tensor", "kernels"), "not memory and not opcheck and not compil")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
+def test_every_kernel_and_handler_holds(capability: str) -> None:
+    kernels = ("kernels", "kernel_limits", "expert_kernels", "expert_ops", "native", "native_library")
+    names = ("slicing", *kernels, "dispatch", "algebra")
+    # The rest is slow, and the same everywhere.
+    run_tests(capability, names, "not memory and not opcheck and not sanitizers and not build")
 
 
 WRITE = """
@@ -179,6 +196,7 @@ print(native_layout().name)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [_param("avx512", "avx2"), _param("avx2", "default")])
 def test_compiled_graphs_are_not_shared_between_layouts(
     first: str, second: str, tmp_path: Path
