@@ -44,7 +44,8 @@ def test_the_layout_is_found_and_kernels_hold(capability: str) -> None:
     """The layout against the op, every kernel and every handler, with that instruction set."""
     found = run(capability, "-c", "import torchao_int4cpu as t; print(t.native_layout().name)")
     assert found.strip() == capability
-    kernels = ("kernels", "kernel_limits", "expert_kernels", "native")
+    native = ("native", "native_threads", "native_selection")
+    kernels = ("kernels", "kernel_limits", "expert_kernels", *native)
     names = ("layout", "slicing", *kernels, "tensor", "dispatch", "algebra")
     tests = [f"tests/test_{name}.py" for name in names]
     without = (
