@@ -17,7 +17,7 @@ from torch import nn
 from torchao.quantization import quantize_
 from transformers import AutoModel, AutoTokenizer, TorchAoConfig
 
-from tests.test_huggingface import int4_names, llama, written
+from tests.hugging_face_models import int4_names, llama, written
 from tests.test_old_files import FILES
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli

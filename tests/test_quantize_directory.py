@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.test_huggingface import (
+from tests.hugging_face_models import (
     MODELS,
     SIZES,
     int4_items,
