@@ -149,7 +149,7 @@ PLAN: dict[str, ParallelStyle] = {
 }
 
 
-@in_ranks("2", "4", "2 mixed")
+@in_ranks("2", "4", "2 mixed", slow=True)
 def test_a_block_as_of_llama_is_within_the_bound(ranks: Ranks) -> None:
     """In each mode of autograd; each rank keeps its share of the bytes of the base."""
     single, parallel = Block(), parallelize_module(Block(), mesh_of(ranks), PLAN)
@@ -168,7 +168,7 @@ def test_a_block_as_of_llama_is_within_the_bound(ranks: Ranks) -> None:
         assert mine.qdata.untyped_storage().nbytes() * ranks.world == original.qdata.nbytes, name
 
 
-@in_ranks("2")
+@in_ranks("2", slow=True)
 def test_a_compiled_block_is_the_eager_one(ranks: Ranks) -> None:
     """`torch.compile` traces through DTensor and the 4-bit weights; collectives are in the graph."""
     block = parallelize_module(Block(), mesh_of(ranks), PLAN)
@@ -178,7 +178,7 @@ def test_a_compiled_block_is_the_eager_one(ranks: Ranks) -> None:
         assert torch.equal(torch.compile(block, backend="aot_eager", fullgraph=True)(x), block(x))
 
 
-@in_ranks("2", "4")
+@in_ranks("2", "4", slow=True)
 def test_sequence_parallel_around_a_block(ranks: Ranks) -> None:
     """Norms work on a piece of the sequence each; the layers gather it and scatter it again."""
 
