@@ -37,14 +37,6 @@ LAUNCH_SECONDS = 420
 ROOT = Path(__file__).parent.parent
 
 
-class Ranks(NamedTuple):
-    """Which process this is, of how many, and a folder that all of them see, empty at first."""
-
-    rank: int
-    world: int
-    folder: Path
-
-
 def child_command(name: str, *arguments: str) -> list[str]:
     """What runs ``tests/children/name.py``; from `ROOT`."""
     return [sys.executable, "-m", f"tests.children.{name}", *arguments]
@@ -63,6 +55,14 @@ def run_child(
     )
 
 
+class Ranks(NamedTuple):
+    """Which process this is, of how many, and a folder that all of them see, empty at first."""
+
+    rank: int
+    world: int
+    folder: Path
+
+
 Body = Callable[[Ranks], None]
 
 #: By module, then by name: the test, and the launches it wants.
@@ -72,15 +72,16 @@ _BODIES: dict[str, dict[str, tuple[Body, tuple[str, ...]]]] = {}
 def in_ranks(*launches: str, slow: bool = False) -> Callable[[Body], Callable[[str], None]]:
     """Make a function of `Ranks` a test that runs in every process of each launch."""
 
-    def marked(launch: str) -> Any:
-        is_slow = slow or launch != "2"
-        return pytest.param(launch, marks=pytest.mark.slow if is_slow else ())
+    cases = [
+        pytest.param(launch, marks=pytest.mark.slow) if slow or launch != "2" else launch
+        for launch in launches
+    ]
 
     def decorate(body: Body) -> Callable[[str], None]:
         module, name = body.__module__, body.__name__
         _BODIES.setdefault(module, {})[name] = (body, launches)
 
-        @pytest.mark.parametrize("launch", [marked(launch) for launch in launches])
+        @pytest.mark.parametrize("launch", cases)
         def test(launch: str) -> None:
             _check(_launched(module, launch), name)
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,13 @@ def test_without_the_import_nothing_is_loaded_silently(tmp_path: Path) -> None:
 def by_capability(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("by_capability")
     source = written(llama(), folder / "source")
-    for writer in [name for name in CAPABILITIES if SUPPORTED[name]]:
-        run(writer, "-m", "tests.children.quantize_pretrained", str(source), str(folder / writer))
+
+    def write(writer: str) -> str:
+        program = ("-m", "tests.children.quantize_pretrained")
+        return run(writer, *program, str(source), str(folder / writer))
+
+    with ThreadPoolExecutor() as pool:  # of processes that mostly import
+        list(pool.map(write, [name for name in CAPABILITIES if SUPPORTED[name]]))
     return folder
 
 

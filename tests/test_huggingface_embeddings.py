@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
-from transformers import (
-    AutoModelForCausalLM,
-    TorchAoConfig,
-)
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from tests.hugging_face_models import (
     EMBEDDING,

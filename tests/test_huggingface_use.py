@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.hugging_face_models import (
     IDS,

@@ -139,9 +139,7 @@ def test_importing_under_another_default_device() -> None:
 
 def test_no_kernel_fails_its_self_test() -> None:
     """Such a kernel would be skipped above, not tested."""
-    assert [library.failed for library in runnable_libraries().values()] == [()] * len(
-        runnable_libraries()
-    )
+    assert not any(library.failed for library in runnable_libraries().values())
 
 
 def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.product_forms import (
-    VIEWS,
-    K,
-    N,
-)
+from tests.product_forms import VIEWS, K, N
 from tests.weights import ALL_LAYOUTS, random_weight
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
