@@ -1,4 +1,4 @@
-"""Tests that run in several processes at once, which talk to each other over gloo.
+"""Tests in processes of their own: a program of tests/children, or ranks that talk over gloo.
 
 Starting a process takes seconds, so all tests of a module that want the same ranks share one launch::
 
@@ -7,6 +7,7 @@ Starting a process takes seconds, so all tests of a module that want the same ra
         ...  # runs in each of the processes; what one raises is the failure of the test
 
 ``"2 mixed"`` gives all ranks but the first the next lower instruction set, and so another layout.
+Launches of more than two ranks and mixed ones are slow tests; all of them are with ``slow=True``.
 A launch ends at its first failure or when its time is over; tests that it did not get to fail, too.
 """
 
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,24 @@ COLLECTIVE_SECONDS = 90
 LAUNCH_SECONDS = 420
 
 ROOT = Path(__file__).parent.parent
+
+
+def child_command(name: str, *arguments: str) -> list[str]:
+    """What runs ``tests/children/name.py``; from `ROOT`."""
+    return [sys.executable, "-m", f"tests.children.{name}", *arguments]
+
+
+def run_child(
+    name: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``tests/children/name.py``, with changes to the environment; the caller judges its end."""
+    return subprocess.run(
+        child_command(name, *arguments),
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+    )
 
 
 class Ranks(NamedTuple):
@@ -50,14 +69,19 @@ Body = Callable[[Ranks], None]
 _BODIES: dict[str, dict[str, tuple[Body, tuple[str, ...]]]] = {}
 
 
-def in_ranks(*launches: str) -> Callable[[Body], Callable[[str], None]]:
+def in_ranks(*launches: str, slow: bool = False) -> Callable[[Body], Callable[[str], None]]:
     """Make a function of `Ranks` a test that runs in every process of each launch."""
+
+    cases = [
+        pytest.param(launch, marks=pytest.mark.slow) if slow or launch != "2" else launch
+        for launch in launches
+    ]
 
     def decorate(body: Body) -> Callable[[str], None]:
         module, name = body.__module__, body.__name__
         _BODIES.setdefault(module, {})[name] = (body, launches)
 
-        @pytest.mark.parametrize("launch", launches)
+        @pytest.mark.parametrize("launch", cases)
         def test(launch: str) -> None:
             _check(_launched(module, launch), name)
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.processes import Ranks, in_ranks
-from tests.test_tensor_parallel import (
+from tests.shared_weights import (
     assert_same_codes,
     expected_shard,
     linear_of,

@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from torchao.quantization import quantize_
 
 from tests.processes import Ranks, in_ranks, raises
-from tests.test_tensor_parallel import (
+from tests.shared_weights import (
     assert_same_codes,
     expected_shard,
     local,

@@ -25,7 +25,7 @@ Header = dict[str, Any]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one layer, saved by transformers."""
-    from tests.test_huggingface import llama, quantized, written
+    from tests.hugging_face_models import llama, quantized, written
 
     folder = tmp_path_factory.mktemp("hostile")
     model = quantized(written(llama(num_hidden_layers=1), folder / "source"))
@@ -106,7 +106,7 @@ def test_transformers_loads_other_codes(checkpoint: Path, tmp_path: Path) -> Non
     """A flip in a code is another code; `inspect --verify` tells, loading does not."""
     from transformers import AutoModelForCausalLM
 
-    from tests.test_huggingface import logits
+    from tests.hugging_face_models import logits
 
     folder = damaged(tmp_path, checkpoint, lambda header: None, flips=b"\x88" * 512)
     good, other = map(AutoModelForCausalLM.from_pretrained, (checkpoint, folder))

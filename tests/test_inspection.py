@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.hugging_face_models import int4_items, llama, quantized, written
 from tests.moe_models import build, from_file, stacks
 from tests.numerics import random_groupwise
-from tests.test_huggingface import int4_items, llama, quantized, written
 from tests.test_old_files import FILES, GROUP_SIZE, SETS, K, N, stack
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.checkpoint import inspect as inspection

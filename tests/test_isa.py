@@ -64,7 +64,7 @@ def test_layout_and_weight_hold(capability: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
 def test_every_kernel_and_handler_holds(capability: str) -> None:
-    kernels = ("kernels", "kernel_limits", "expert_kernels", "expert_ops", "native", "native_library")
+    kernels = ("kernels", "kernel_limits", "expert_kernels", "expert_ops", "native", "native_threads")
     names = ("slicing", *kernels, "dispatch", "algebra")
     # The rest is slow, and the same everywhere.
     run_tests(capability, names, "not memory and not opcheck and not sanitizers and not build")

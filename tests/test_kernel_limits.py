@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.numerics import assert_product, native, packed_in, random_groupwise
+from tests.processes import run_child
 from tests.test_kernels import apart
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.packed import int4_mm_reference
@@ -142,43 +141,21 @@ def test_products_in_many_pieces_are_within_the_bound(
     assert bool(((int4_mm_grad(grad, weight).double() - grad.double() @ w).abs() <= bound).all())
 
 
-MEMORY_SCRIPT = """
-import torch
-from tests.numerics import native, packed_in, random_groupwise
-from torchao_int4cpu.kernels.portable import prefill as prefill_module
-from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad, prefill
-
-def peak_kib():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
-
-weight = packed_in(random_groupwise({n}, {k}, 128), native())
-kernel = {kernel}
-x = torch.randn({m}, {width}).to(torch.{dtype})
-kernel(x[:256], weight)  # oneDNN keeps what it needs once
-prefill_module._scratch = prefill_module._Scratch()  # and we our scratch memory, which is to count
-out = {m} * {columns} * x.element_size() // 1024
-open("/proc/self/clear_refs", "w").write("5")
-before = peak_kib()
-kernel(x, weight)
-print(peak_kib() - before - out)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kernel", ["prefill", "int4_mm_grad"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        ("prefill", "bfloat16"),
+        pytest.param("prefill", "float32", marks=pytest.mark.slow),
+        pytest.param("int4_mm_grad", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("int4_mm_grad", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_extra_memory_is_at_most_64_mib(kernel: str, dtype: str) -> None:
     """Peak resident memory of a real call, less its result; the weight dense would take 64 MiB more."""
-    m, n, k = 6000, 8192, 4096
-    width, columns = (k, n) if kernel == "prefill" else (n, k)
-    script = MEMORY_SCRIPT.format(
-        m=m, n=n, k=k, kernel=kernel, width=width, columns=columns, dtype=dtype
-    )
     # glibc gives freed memory back at once, so that only what is in use counts.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
-    )
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = run_child("prefill_memory", kernel, dtype, environment=environment)
     assert done.returncode == 0, done.stderr
     assert 4 * 1024 < int(done.stdout) <= 64 * 1024  # a panel alone is 4 MiB: it was measured
 

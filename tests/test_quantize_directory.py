@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.test_huggingface import (
+from tests.hugging_face_models import (
     MODELS,
     SIZES,
     int4_items,
@@ -39,6 +38,7 @@ from tests.test_huggingface import (
     logits,
     written,
 )
+from tests.processes import run_child
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.checkpoint.inspect import inspect
@@ -359,26 +359,6 @@ def test_sqnr() -> None:
     assert sqnr(torch.zeros(4, 4), choose_qparams(torch.zeros(4, 4), 32)) == math.inf
 
 
-MEMORY = """
-import resource, sys
-from pathlib import Path
-import torchao_int4cpu
-from torchao_int4cpu import Int4WeightOnlyConfig
-from torchao_int4cpu.convert import directory as quantize_directory
-from torchao_int4cpu.convert.plan import make_plan
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-quantize_directory.SHARD_BYTES = 1
-plan = make_plan(Path(sys.argv[1]), Int4WeightOnlyConfig())
-before = peak()
-quantize_directory.quantize_directory(plan, Path(sys.argv[2]), lambda name, done: None)
-sizes = [tensor.source.nbytes for tensor in plan.tensors]
-print(peak() - before, max(sizes), sum(sizes))
-"""
-
-
 def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path: Path) -> None:
     """The peak rises by three times the largest tensor: as read, its codes and their packed form, and
     the shard that is being filled; then what libraries keep. The model is 12 times the largest."""
@@ -389,11 +369,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path: Path) -
         empty = LlamaForCausalLM(config).state_dict()
     state = {name: torch.randn(part.shape).bfloat16() for name, part in empty.items()}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
+    done = run_child("quantize_directory_memory", str(tmp_path), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     risen, largest, total = map(int, done.stdout.split())
     assert total > 11 * largest

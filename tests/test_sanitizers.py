@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_native import OTHER_LIBRARY
+from tests.native_variants import OTHER_LIBRARY
+from tests.processes import ROOT
 from torchao_int4cpu.kernels.native.build import EMULATE_AMX, SANITIZE, BuildError, compile_library
 
 CASES = "bound or exact or special or disturb or finite or infinite or shape or unaligned or once"
@@ -32,6 +33,7 @@ def _preload() -> str:
     return " ".join(paths)
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     library = tmp_path / "libint4cpu.so"
     preload = _preload()
@@ -45,8 +47,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = str(Path(__file__).with_name("test_native.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, tests]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    tests = [f"tests/test_{name}.py" for name in ("native", "native_threads")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, *tests]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout

@@ -1,0 +1,30 @@
+"""The command line with small shards; it waits to be killed after so many of them, or "never"."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from torchao_int4cpu import __main__
+from torchao_int4cpu.convert import directory
+
+
+def main(wait_after: str, *command: str) -> None:
+    write_shard = directory._write_shard
+    written = 0
+
+    def write_or_wait(*arguments: Any) -> Any:
+        nonlocal written
+        while str(written) == wait_after:  # at no moment that depends on how fast this machine is
+            time.sleep(1)
+        written += 1
+        return write_shard(*arguments)
+
+    directory.SHARD_BYTES = 1
+    directory._write_shard = write_or_wait  # type: ignore[assignment]
+    sys.exit(__main__.main(list(command)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

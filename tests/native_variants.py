@@ -1,0 +1,79 @@
+"""Every native kernel that can be tested here, with the library to call it in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import packed_in, random_groupwise
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout
+from torchao_int4cpu.format.packed import PackedInt4
+from torchao_int4cpu.kernels.native.build import EMULATE_AMX, BuildError, compile_library
+from torchao_int4cpu.kernels.native.library import KERNELS_OF_LAYOUT, NativeLibrary, Unavailable
+from torchao_int4cpu.kernels.selection import LIBRARY, native_unavailable
+
+#: A library to test instead of the installed one: how test_sanitizers runs these tests again.
+OTHER_LIBRARY = "INT4CPU_TEST_LIBRARY"
+
+#: Where AMX emulated in plain C++ is compiled to; removed when the process ends.
+_EMULATED = tempfile.TemporaryDirectory(prefix="emulated_amx")
+
+
+@functools.cache
+def runnable_libraries() -> dict[str, NativeLibrary]:
+    """By kernel: the library to call it in. AMX is emulated where the CPU has none."""
+    other = os.environ.get(OTHER_LIBRARY)
+    if other is not None:
+        library = NativeLibrary(Path(other))
+        return dict.fromkeys(library.kernels, library)
+    if isinstance(LIBRARY, Unavailable):
+        return {}
+    found = dict.fromkeys(LIBRARY.kernels, LIBRARY)
+    if "avx512_bf16" in found and "amx" not in found:
+        path = Path(_EMULATED.name) / "libint4cpu.so"
+        try:
+            compile_library(path, EMULATE_AMX)
+        except BuildError as error:
+            warnings.warn(f"AMX is not tested: {error}", stacklevel=1)
+        else:
+            found["amx"] = NativeLibrary(path)
+    return found
+
+
+class Variant:
+    """One kernel: ``mm(x, weight)``."""
+
+    def __init__(self, name: str, library: NativeLibrary) -> None:
+        self.name, self.library = name, library
+        self.layout: NibbleLayout = next(
+            LAYOUTS[layout] for layout, names in KERNELS_OF_LAYOUT.items() if name in names
+        )
+
+    def mm(self, x: Tensor, weight: PackedInt4) -> Tensor:
+        return self.library.mm(self.name, x, weight)
+
+    def random(self, n: int, k: int, group_size: int, seed: int = 0) -> PackedInt4:
+        return packed_in(random_groupwise(n, k, group_size, seed), self.layout)
+
+
+def variant_of(name: str) -> Variant:
+    """The kernel of that name; a test of one that cannot run here is skipped."""
+    libraries = runnable_libraries()
+    if name not in libraries:
+        pytest.skip(f"kernel {name} cannot run here: {native_unavailable() or 'the CPU'}")
+    return Variant(name, libraries[name])
+
+
+def integers(variant: Variant, n: int, k: int, group_size: int) -> PackedInt4:
+    """Scale 1 or 2 and zero a small integer, in each group: nothing to round."""
+    groupwise = random_groupwise(n, k, group_size)
+    scale = torch.randint(1, 3, groupwise.scale.shape).bfloat16()
+    zero = torch.randint(-3, 4, groupwise.scale.shape).bfloat16()
+    return packed_in(type(groupwise)(groupwise.codes, scale, zero, group_size), variant.layout)
