@@ -191,31 +191,13 @@ def test_quality_on_real_weights_is_pinned(algorithm: str, pinned: dict[int, flo
         assert sum(ratios) / len(ratios) == pytest.approx(expected, abs=0.02)
 
 
-MEMORY_SCRIPT = """
-import torch
-from torchao_int4cpu import Int4OpaqueTensor
-
-def peak_kib():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
-
-w = torch.randn(16384, 4096).bfloat16()
-Int4OpaqueTensor.from_hp(w[:512], [1, 128], "{algorithm}")
-open("/proc/self/clear_refs", "w").write("5")
-before = peak_kib()
-Int4OpaqueTensor.from_hp(w, [1, 128], "{algorithm}")
-print((peak_kib() - before) * 1024 / w.nbytes)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("algorithm", ["tinygemm", pytest.param("mse", marks=pytest.mark.slow)])
 def test_memory_is_bounded(algorithm: str) -> None:
     """Codes (half of a bfloat16 weight), packing (half), the result (a quarter), chunks (48 MiB)."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    script = MEMORY_SCRIPT.format(algorithm=algorithm)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "tests.children.quantize_memory", algorithm]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert 0.5 < float(done.stdout) < 1.25 + 48 / 128
 

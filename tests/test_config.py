@@ -455,25 +455,13 @@ def test_a_config_reads_back_as_torchaos_own(config: Int4WeightOnlyConfig) -> No
     assert_int4(layers[0].weight, (40, 70), config.group_size)
 
 
-HASH_SCRIPT = """
-import json, sys, torch, torchao_int4cpu
-from torchao.core.config import config_from_dict, config_to_dict
-from torchao.quantization import quantize_
-config = torchao_int4cpu.Int4WeightOnlyConfig(group_size=32, int4_choose_qparams_algorithm="mse")
-back = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
-layer = torch.nn.Linear(70, 40)
-quantize_(layer, back)
-print(type(back).__module__, back.int4_packing_format, type(layer.weight).__name__)
-"""
-
-
 @pytest.mark.parametrize(
     "seed", ["0", "1", *(pytest.param(seed, marks=pytest.mark.slow) for seed in ("2", "5"))]
 )
 def test_serialization_does_not_depend_on_the_hash_seed(seed: str) -> None:
     """torchao looks a class name up in a *set* of modules."""
     done = subprocess.run(
-        [sys.executable, "-c", HASH_SCRIPT],
+        [sys.executable, "-m", "tests.children.serialized_config"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONHASHSEED": seed},

@@ -43,41 +43,6 @@ def test_compiled_with_a_tied_head() -> None:
             assert torch.equal(compiled(idx), model(idx))
 
 
-WRITE = """
-import sys, torch
-from tests.embedding_models import indices, tied
-
-folder, capability = sys.argv[1:]
-torch.manual_seed(0)
-model, idx = tied(), indices(2, 3)
-shapes = ({0: torch.export.Dim("batch", max=50)},)
-program = torch.export.export(model.embed, (idx,), dynamic_shapes=shapes)
-ops = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-assert ops == ["aten.embedding.default"], ops
-torch.export.save(program, f"{folder}/{capability}.whole.pt2")
-torch.export.save(program.run_decompositions(), f"{folder}/{capability}.parts.pt2")
-program = torch.export.export(model, (idx,))
-torch.export.save(program, f"{folder}/{capability}.model.pt2")
-with torch.no_grad():
-    torch.save((idx, model.embed(idx), model(idx)), f"{folder}/{capability}.rows.pt")
-"""
-
-READ = """
-import sys, torch, torchao_int4cpu
-
-folder, *writers = sys.argv[1:]
-for writer in writers:
-    idx, rows, logits = torch.load(f"{folder}/{writer}.rows.pt")
-    for stage in ("whole", "parts"):
-        program = torch.export.load(f"{folder}/{writer}.{stage}.pt2").module()
-        assert torch.equal(program(idx), rows), (writer, stage)
-        assert torch.equal(program(idx.repeat(20, 1)), rows.repeat(20, 1, 1)), (writer, stage)
-    y = torch.export.load(f"{folder}/{writer}.model.pt2").module()(idx)
-    # where the dense product rounds the weight and the activation to bfloat16, twice in a row
-    assert float((y - logits).norm() / logits.norm()) < 2.0**-7, writer
-"""
-
-
 WRITERS = [name for name in CAPABILITIES if SUPPORTED[name]]
 
 
@@ -85,7 +50,14 @@ WRITERS = [name for name in CAPABILITIES if SUPPORTED[name]]
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda writer: run(writer, "-c", WRITE, str(folder), writer), WRITERS))
+        list(
+            pool.map(
+                lambda writer: run(
+                    writer, "-m", "tests.children.export_embedding", str(folder), writer
+                ),
+                WRITERS,
+            )
+        )
     return folder
 
 
@@ -93,4 +65,4 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_a_program_from_any_instruction_set(reader: str, programs: Path) -> None:
     """The rows are equal bit for bit, whoever exported and whoever runs."""
-    run(reader, "-c", READ, str(programs), *WRITERS)
+    run(reader, "-m", "tests.children.load_embedding", str(programs), *WRITERS)

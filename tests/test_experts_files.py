@@ -68,27 +68,6 @@ def test_loading_quantizes_the_merged_stack_once(
         assert torch.equal(weight.scale_and_zero, expected[name].scale_and_zero)
 
 
-FRESH = """
-import sys, torch
-import torchao_int4cpu
-from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
-from transformers import AutoModelForCausalLM
-
-stacks = (torchao_int4cpu.Int4OpaqueTensor, Int4TransposedTensor)
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    found = [p for p in model.parameters() if isinstance(p, stacks)]
-    opaque = [p.untransposed() if isinstance(p, Int4TransposedTensor) else p for p in found]
-    assert {p.qdata_layout for p in opaque} == {torchao_int4cpu.native_layout().name}
-    results = {}
-    for implementation in ("eager", "batched_mm", "grouped_mm"):
-        model.set_experts_implementation(implementation)
-        with torch.no_grad():
-            results[implementation] = model(torch.arange(24).view(2, 12)).logits
-    torch.save((results, len(found)), folder + ".logits.pt")
-"""
-
-
 @pytest.mark.slow
 def test_quantize_save_and_load_in_a_fresh_process(tmp_path: Path) -> None:
     expected = {}
@@ -102,7 +81,9 @@ def test_quantize_save_and_load_in_a_fresh_process(tmp_path: Path) -> None:
                 model.set_experts_implementation(implementation)
                 results[implementation] = logits(model)
             expected[str(out)] = results
-    done = subprocess.run([sys.executable, "-c", FRESH, *expected], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.children.load_experts", *expected], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for folder, results in expected.items():
         found, count = torch.load(f"{folder}.logits.pt")
@@ -146,23 +127,20 @@ def test_sharded(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
-WRITE = """
-import sys
-import torchao_int4cpu
-from tests.moe_models import from_file
-
-for source in sys.argv[2:]:
-    from_file(source).save_pretrained(f"{sys.argv[1]}/{source.rpartition('/')[2]}")
-"""
-
-
 @pytest.fixture(scope="module")
 def by_capability(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     torch.manual_seed(0)
     sources = [str(written(family, folder / family)) for family in ("qwen3_moe", "gpt_oss")]
     for writer in [name for name in CAPABILITIES if SUPPORTED[name]]:
-        run(writer, "-c", WRITE, str(folder / writer), *sources, PYTHONPATH=os.getcwd())
+        run(
+            writer,
+            "-m",
+            "tests.children.save_experts",
+            str(folder / writer),
+            *sources,
+            PYTHONPATH=os.getcwd(),
+        )
     return folder
 
 
@@ -173,7 +151,7 @@ def test_saved_under_one_instruction_set_loaded_under_another(reader: str, by_ca
     writers = [name for name in CAPABILITIES if SUPPORTED[name]]
     for family in ("qwen3_moe", "gpt_oss"):
         folders = [str(by_capability / writer / family) for writer in writers]
-        run(reader, "-c", FRESH, *folders)
+        run(reader, "-m", "tests.children.load_experts", *folders)
         results = [torch.load(f"{folder}.logits.pt")[0] for folder in folders]
         model = AutoModelForCausalLM.from_pretrained(folders[0])
         dense = dequantized_into(AutoModelForCausalLM.from_pretrained(by_capability / family), model)

@@ -142,82 +142,29 @@ def test_a_wrong_shape_is_refused_at_export() -> None:
 
 WRITERS = [name for name in CAPABILITIES if SUPPORTED[name]]
 
-WRITE = """
-import sys, torch
-from torch import nn
-from torchao.quantization import quantize_
-from tests.numerics import assert_int4, product_bound
-from torchao_int4cpu import Int4WeightOnlyConfig, native_layout, set_kernel
-from torchao_int4cpu.format.packed import int4_mm_reference
-
-folder, capability = sys.argv[1:]
-assert native_layout().name == capability
-torch.manual_seed(0)
-linear = nn.Linear(150, 100, bias=False)
-quantize_(linear, Int4WeightOnlyConfig(group_size=32))
-packed = assert_int4(linear.weight, (100, 150), 32).packed()
-samples = []
-for m in (1, 2, 300):
-    x = torch.randn(m, 150)
-    samples.append((x, int4_mm_reference(x, packed), product_bound(x, packed, x.dtype)))
-torch.save(samples, f"{folder}/{capability}.samples.pt")
-shapes = ({0: torch.export.Dim("m", min=1, max=4096)},)
-program = torch.export.export(linear, (torch.randn(5, 150),), dynamic_shapes=shapes)
-torch.export.save(program, f"{folder}/{capability}.whole.pt2")
-torch.export.save(program.run_decompositions(), f"{folder}/{capability}.parts.pt2")
-set_kernel("aten")
-program = torch.export.export(linear, (torch.randn(1, 150),)).run_decompositions()
-torch.export.save(program, f"{folder}/{capability}.aten.pt2")
-"""
-
-READ = """
-import sys, torch, torchao_int4cpu
-
-folder, capability, *writers = sys.argv[1:]
-assert torchao_int4cpu.native_layout().name == capability
-torch.set_grad_enabled(False)
-done = 0
-for writer in writers:
-    samples = torch.load(f"{folder}/{writer}.samples.pt")
-    load = lambda name: torch.export.load(f"{folder}/{writer}.{name}.pt2").module()
-    def check(program, some):
-        global done
-        for x, exact, bound in some:
-            assert bool(((program(x).double() - exact).abs() <= bound).all()), (writer, x.shape)
-            done += 1
-    whole = load("whole")
-    assert whole.weight.qdata_layout == capability  # repacked, so it is fast
-    check(whole, samples)
-    check(load("parts"), samples)
-    program = torch.export.load(f"{folder}/{writer}.whole.pt2").run_decompositions()
-    check(program.module(), samples)
-    if writer == capability:
-        check(load("aten"), samples[:1])
-        continue
-    try:
-        load("aten")(samples[0][0])
-    except RuntimeError as error:
-        assert f"packed for '{writer}'" in str(error) and "export it again" in str(error)
-        done += 1
-print(done)
-"""
-
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `WRITE` writes, under each instruction set."""
+    """What `export_linear` writes, under each instruction set."""
     folder = tmp_path_factory.mktemp("programs")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda writer: run(writer, "-c", WRITE, str(folder), writer), WRITERS))
+        list(
+            pool.map(
+                lambda writer: run(writer, "-m", "tests.children.export_linear", str(folder), writer),
+                WRITERS,
+            )
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def outputs(programs: Path) -> dict[str, Future[str]]:
-    """What `READ` says under each instruction set."""
+    """What `load_linear` says under each instruction set."""
     with ThreadPoolExecutor() as pool:
         return {
-            reader: pool.submit(run, reader, "-c", READ, str(programs), reader, *WRITERS)
+            reader: pool.submit(
+                run, reader, "-m", "tests.children.load_linear", str(programs), reader, *WRITERS
+            )
             for reader in WRITERS
         }
 
@@ -280,75 +227,19 @@ def test_views_and_products_are_exported_whole(strict: bool, kernel: str) -> Non
                 assert torch.equal(y, wanted)
 
 
-WRITE_FORMS = """
-import sys, torch
-from tests.test_export import Forms
-from torchao_int4cpu import native_layout
-
-folder, capability = sys.argv[1:]
-assert native_layout().name == capability
-torch.manual_seed(0)
-model, inputs = Forms(), (torch.randn(4, 128), torch.tensor([[0, 5], [100, 7]]))
-with torch.no_grad():
-    torch.save((inputs, model(*inputs)), f"{folder}/{capability}.forms.samples")
-program = torch.export.export(model, inputs)
-torch.export.save(program, f"{folder}/{capability}.forms.whole.pt2")
-torch.export.save(program.run_decompositions(), f"{folder}/{capability}.forms.parts.pt2")
-"""
-
-READ_FORMS = """
-import sys, torch, torchao_int4cpu
-
-folder, capability, *writers = sys.argv[1:]
-assert torchao_int4cpu.native_layout().name == capability
-torch.set_grad_enabled(False)
-done = 0
-for writer in writers:
-    inputs, expected = torch.load(f"{folder}/{writer}.forms.samples")
-    whole = torch.export.load(f"{folder}/{writer}.forms.whole.pt2")
-    parts = torch.export.load(f"{folder}/{writer}.forms.parts.pt2")
-    assert whole.module().weight.qdata_layout == capability
-    for program in (whole, whole.run_decompositions(), parts):
-        for number, (y, wanted) in enumerate(zip(program.module()(*inputs), expected)):
-            # x rounded to bfloat16 or not, other kernels: a mixed-up layout is 100 % off
-            error = float((y - wanted).norm() / wanted.norm())
-            assert error < 2.0**-6, (writer, number, error)
-            done += 1
-print(done)
-"""
-
-
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("forms")
     for writer in WRITERS:
-        run(writer, "-c", WRITE_FORMS, str(folder), writer)
+        run(writer, "-m", "tests.children.export_forms", str(folder), writer)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_views_and_products_from_any_instruction_set(reader: str, forms: Path) -> None:
-    done = run(reader, "-c", READ_FORMS, str(forms), reader, *WRITERS)
+    done = run(reader, "-m", "tests.children.load_forms", str(forms), reader, *WRITERS)
     assert int(done) == 3 * 17 * len(WRITERS)
-
-
-WITHOUT_PACKAGE = """
-import sys
-sys.stderr = sys.stdout  # torch logs there what it could not load
-sys.modules["torchao_int4cpu"] = sys.modules["torchao"] = None  # as if they were not installed
-import torch
-
-samples, aten, other = sys.argv[1:]
-x, exact, bound = torch.load(samples)[0]
-with torch.no_grad():
-    y = torch.export.load(aten).module()(x)
-assert bool(((y.double() - exact).abs() <= bound).all())
-try:
-    torch.export.load(other)
-except Exception as error:
-    print(error)
-"""
 
 
 @pytest.mark.parametrize(
@@ -363,7 +254,9 @@ def test_a_program_without_this_package(programs: Path, stage: str, missing: str
     """PyTorch's op needs PyTorch only; for the others torch names what is missing."""
     here = native().name
     files = [f"{here}.samples.pt", f"{here}.aten.pt2", f"{here}.{stage}.pt2"]
-    assert missing in run(here, "-c", WITHOUT_PACKAGE, *(str(programs / name) for name in files))
+    assert missing in run(
+        here, "-m", "tests.children.program_without_package", *(str(programs / name) for name in files)
+    )
 
 
 # --- AOTInductor --------------------------------------------------------------------------------
@@ -424,28 +317,15 @@ def skipped_rounding(y: Tensor, bias: Tensor) -> Tensor:
     return UNIT[torch.bfloat16] * (4 * y.abs() + 2 * bias.abs())
 
 
-RUN = """
-import sys, torch
-package, samples, *packages = sys.argv[1:]
-for name in packages:
-    __import__(name)
-try:
-    program = torch._inductor.aoti_load_package(package)
-    for xs, expected, bounds in torch.load(samples):
-        ys = program(xs)
-        assert len(ys) == len(expected)
-        for y, wanted, bound in zip(ys, expected, bounds):
-            assert y.dtype == wanted.dtype and y.shape == wanted.shape
-            assert bool(((y - wanted).abs() <= bound).all()), (y - wanted).abs().max()
-        print("right", end=" ")
-except RuntimeError as error:
-    print(error)
-assert packages or not any(name.startswith("torchao") for name in sys.modules)
-"""
-
-
 def run_package(package: Path, capability: str, *imported: str) -> str:
-    return run(capability, "-c", RUN, str(package), str(package.with_suffix(".samples")), *imported)
+    return run(
+        capability,
+        "-m",
+        "tests.children.package_without_package",
+        str(package),
+        str(package.with_suffix(".samples")),
+        *imported,
+    )
 
 
 def ops_called(package: Path) -> set[str]:
