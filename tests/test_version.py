@@ -50,6 +50,13 @@ def test_a_newer_version_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done.stderr.count("was not tested with torch 2.99.1") == 1
 
 
+def test_old_transformers_are_told() -> None:
+    version.warn_of_old_transformers("5.16.0")
+    version.warn_of_old_transformers("6.0.0.dev0")
+    with pytest.warns(UserWarning, match=r"transformers 5\.9\.1 loses .* install transformers 5\.16"):
+        version.warn_of_old_transformers("5.9.1")
+
+
 def test_the_build_reads_the_version_without_torch() -> None:
     text = (ROOT / "torchao_int4cpu" / "version.py").read_text()
     assert f'__version__ = "{version.__version__}"' in text

@@ -16,6 +16,10 @@ __version__ = "0.1.0"
 NEWEST_TESTED = {"torch": (2, 15), "torchao": (0, 18)}
 
 
+#: transformers before this loses buffers of embeddings, and files of experts, of torchao's weights.
+OLDEST_TRANSFORMERS = (5, 16)
+
+
 def untested(found: dict[str, str]) -> list[str]:
     """Which of these versions, by package, are newer than `NEWEST_TESTED`."""
     newer = []
@@ -41,6 +45,18 @@ def warn_of_untested() -> None:
             f"torchao_int4cpu {__version__} was not tested with {' and '.join(newer)}; it goes by its "
             "self-checks (python -m torchao_int4cpu info shows them), so compare an output with a "
             "known one, or install a newer torchao_int4cpu",
+            stacklevel=3,
+        )
+
+
+def warn_of_old_transformers(version: str) -> None:
+    """Warn if transformers is older than `OLDEST_TRANSFORMERS`."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+        warnings.warn(
+            f"transformers {version} loses buffers of 4-bit embeddings and files of 4-bit experts; "
+            f"install transformers {oldest} or newer, or keep both dense",
             stacklevel=3,
         )
 

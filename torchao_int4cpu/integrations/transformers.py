@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torchao_int4cpu.integrations.on_import import when_imported
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4Weight
+from torchao_int4cpu.version import warn_of_old_transformers
 
 #: Where transformers keeps the class that loads and saves torchao's weights.
 QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
@@ -27,6 +29,7 @@ QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
 
 def _patch(module: ModuleType) -> None:
     """Wrap two methods of ``TorchAoHfQuantizer``, once."""
+    warn_of_old_transformers(str(sys.modules["transformers"].__version__))
     quantizer = module.TorchAoHfQuantizer
     after_loading = quantizer._process_model_after_weight_loading
     before_saving = quantizer.get_state_dict_and_metadata
