@@ -49,10 +49,11 @@ def test_a_directory(model: Any, shard: str, tmp_path: Path) -> None:
     assert (len(contents.files) > 1) == (shard == "20KB")
 
 
-#: The weights in the files of each version; the second of version 2 is a transposed view.
+#: The weights in the files of each version; `turned` is a transposed view.
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "v1": {"layer.weight": (N, K)},
     "v2": {"layer.weight": (2, N, K), "layer.turned": (2, K, N)},
+    "v3": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
 }
 
 
@@ -63,7 +64,7 @@ def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
     for weight in contents.weights:
         assert weight.qdata_layout == name.partition("-")[2]
         assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
-        matrices = 1 if name.startswith("v1") else 2
+        matrices = 1 if len(weight.shape) == 2 else 2
         # codes and scales in groups of 32, where K = 40 takes two; and act_pre_scale
         assert weight.nbytes == matrices * (N * 64 // 2 + N * 2 * 4) + K * 4
     parts = 3 * len(contents.weights)
