@@ -42,7 +42,7 @@ from tests.hugging_face_models import (
 )
 from tests.numerics import assert_int4
 from tests.processes import ROOT
-from tests.test_isa import CAPABILITIES, SUPPORTED, run
+from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu.integrations import transformers as patches
 
@@ -226,14 +226,8 @@ def by_capability(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "reader",
-    [
-        pytest.param("avx512", marks=pytest.mark.slow),
-        pytest.param("avx2", marks=pytest.mark.slow),
-        "default",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_saved_under_one_instruction_set_loaded_under_another(reader: str, by_capability: Path) -> None:
     """The same codes and scales whoever wrote them, so the reader's logits agree bit for bit."""
     if not SUPPORTED[reader]:

@@ -359,6 +359,7 @@ def test_sqnr() -> None:
     assert sqnr(torch.zeros(4, 4), choose_qparams(torch.zeros(4, 4), 32)) == math.inf
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path: Path) -> None:
     """The peak rises by three times the largest tensor: as read, its codes and their packed form, and
     the shard that is being filled; then what libraries keep. The model is 12 times the largest."""
