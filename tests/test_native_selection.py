@@ -126,6 +126,21 @@ def test_without_an_openmp_runtime_one_thread_is_used_and_said(monkeypatch: pyte
     assert "on one thread" in choice.native_status()
 
 
+def test_set_kernel_for_a_block() -> None:
+    """What was chosen before comes back, also after an error."""
+    before = get_kernel()
+    with set_kernel("aten"):
+        assert get_kernel() == "aten"
+        with pytest.raises(RuntimeError, match="inside"), set_kernel("auto"):
+            assert get_kernel() == "auto"
+            raise RuntimeError("inside")
+        assert get_kernel() == "aten"
+    assert get_kernel() == before
+    with pytest.raises(ValueError, match="kernel 'fast' is not known"), set_kernel("fast"):
+        pass
+    assert get_kernel() == before
+
+
 @pytest.mark.slow
 def test_importing_under_another_default_device() -> None:
     script = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 import torchao_int4cpu
@@ -23,6 +25,21 @@ def test_public_names() -> None:
     ]
     for name in torchao_int4cpu.__all__:
         assert getattr(torchao_int4cpu, name) is not None
+
+
+def test_old_names_stay() -> None:
+    assert torchao_int4cpu.load_prototype is torchao_int4cpu.load_torchao_checkpoint
+
+
+@pytest.mark.parametrize("path", ["config.Int4WeightOnlyConfig", "groupwise.GroupwiseInt4"])
+def test_classes_are_pickled_by_the_package_and_found_where_they_were(path: str) -> None:
+    """The modules of version 0.1.0 before they moved; those of tensors: see `test_old_files`."""
+    module, _, name = path.partition(".")
+    cls = getattr(torchao_int4cpu, name)
+    new = pickle.dumps(cls, protocol=0)
+    assert new.startswith(f"ctorchao_int4cpu\n{name}\n".encode())
+    old = new.replace(b"ctorchao_int4cpu\n", f"ctorchao_int4cpu.{module}\n".encode())
+    assert pickle.loads(old) is pickle.loads(new) is cls
 
 
 def test_the_core_needs_torch_and_torchao_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from typing import Any
@@ -71,6 +72,8 @@ class Int4WeightOnlyConfig(TorchAOInt4WeightOnlyConfig):  # type: ignore[misc]  
 
 
 Int4WeightOnlyConfig.__module__ = "torchao_int4cpu"  # as pickles name it
+# Older pickles, as of a whole model of transformers, import the module that it was in.
+sys.modules.setdefault("torchao_int4cpu.config", sys.modules[__name__])
 
 # After the class is made, so that it is no field: it would be serialized, and torchao's class has none.
 Int4WeightOnlyConfig.packing_format = property(
