@@ -53,7 +53,7 @@ COUNTS = {
     "safetensors-flipped": 1440,
     "safetensors-overwritten": 288,
     "safetensors-swapped": 108,
-    "safetensors-spliced": 40,
+    "safetensors-spliced": 160,
     "safetensors-metadata": 477,
     "safetensors-entries": 403,
     "safetensors-relabelled": 25,
@@ -65,7 +65,7 @@ COUNTS = {
     "pt-stacks": 158,
     "pt-views": 228,
     "pt-late-views": 72,
-    "safetensors-stacks": 269,
+    "safetensors-stacks": 270,
 }
 AT_LEAST = ("pt-attached", "safetensors-relabelled")
 

@@ -182,12 +182,12 @@ def views() -> Iterator[Case]:
         yield seen(f"device {device}", REFUSED, device=device)
     for i, odd in enumerate(odd_values()):
         yield of(f"weight is odd value {i}", REFUSED, weight=odd)
-        good = type(odd) is int and odd in (1, 2)
+        good = type(odd) is int and odd in (1, 2, 3)
         yield of(f"format_version is odd value {i}", KEPT if good else REFUSED, format_version=odd)
         yield Case(f"state is odd value {i}", pt(forged_view(odd)), REFUSED)
     for words, other in _other_weights():
         yield of(f"of {words}", REFUSED, weight=other)
-    for name in ("qdata", "scale_and_zero", "act_pre_scale", "back", "dequantize", "shape", "__x__"):
+    for name in ("qdata", "scale_and_zero", "act_pre_scale", "untransposed", "dequantize", "shape", "__x__"):
         yield of(f"attribute {name}", REFUSED, **{name: 1})
     for name in ("note", "weight2", "_is_hf_initialized"):
         yield of(f"attribute {name}", KEPT, **{name: [1]})
@@ -283,7 +283,7 @@ def safetensors_stacks() -> Iterator[Case]:
     for layout in ("avx512", "avx2", "default"):
         for either in (t, turned()):
             yield Case(f"{layout}", file_of(either, entry_of(either, qdata_layout=layout)), KEPT)
-    for version, expected in ((1, KEPT), (2, KEPT), (3, REFUSED), (0, REFUSED)):
+    for version, expected in ((1, KEPT), (2, KEPT), (3, KEPT), (4, REFUSED), (0, REFUSED)):
         yield Case(f"version {version}", file_of(t, entry_of(t, format_version=version)), expected)
     for part in PARTS:
         key = f"layer._weight_{part}"

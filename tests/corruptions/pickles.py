@@ -112,7 +112,7 @@ def attributes() -> Iterator[Case]:
     """Each attribute replaced by each type, by wrong values of the right one, and left out."""
     for name in ("block_size", "qdata_layout", "format_version", "act_pre_scale"):
         for i, odd in enumerate(odd_values()):
-            good = (name == "format_version" and type(odd) is int and odd in (1, 2)) or (
+            good = (name == "format_version" and type(odd) is int and odd in (1, 2, 3)) or (
                 name == "act_pre_scale" and odd is None
             )
             yield stated(f"{name} is odd value {i}", KEPT if good else REFUSED, **{name: odd})
@@ -124,7 +124,7 @@ def attributes() -> Iterator[Case]:
     yield stated("block_size (1, 32)", KEPT, block_size=(1, GROUP_SIZE))
     for layout in ("avx1024", "avx", "default ", "Default", "avx2\n", "neon", "amx"):
         yield stated(f"layout {layout!r}", REFUSED, qdata_layout=layout)
-    for version in (0, -1, 3, 4, 2**40):
+    for version in (0, -1, 4, 5, 2**40):
         yield stated(f"version {version}", REFUSED, format_version=version)
     good_state = get_state(weight())
     for count in range(1, len(good_state) + 1):

@@ -102,5 +102,5 @@ RAW_SAFETENSORS: dict[str, Family] = {
     "safetensors-flipped": lambda: flips(_SAFETENSORS, 160),
     "safetensors-overwritten": lambda: overwritten(_SAFETENSORS, 32),
     "safetensors-swapped": lambda: swapped(_SAFETENSORS, 12),
-    "safetensors-spliced": lambda: spliced(_SAFETENSORS, 40),
+    "safetensors-spliced": lambda: spliced(_SAFETENSORS, 160),
 }
