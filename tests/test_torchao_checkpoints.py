@@ -13,7 +13,6 @@ that release's wheel from PyPI on ``PYTHONPATH`` and ``ATEN_CPU_CAPABILITY=<layo
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import shutil
@@ -34,6 +33,7 @@ from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 
 from tests.numerics import assert_int4, assert_product, native, random_groupwise
+from tests.whole_weight import saved
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named
@@ -53,14 +53,8 @@ def _no_warning() -> Iterator[None]:
     """The right layout must never be doubted."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Validating sparse tensor")  # torch 2.14, of what it reads
         yield
-
-
-def saved(thing: object, **kwargs: Any) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save(thing, buffer, **kwargs)
-    buffer.seek(0)
-    return buffer
 
 
 def fixture_weight() -> Tensor:

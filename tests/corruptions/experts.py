@@ -187,7 +187,15 @@ def views() -> Iterator[Case]:
         yield Case(f"state is odd value {i}", pt(forged_view(odd)), REFUSED)
     for words, other in _other_weights():
         yield of(f"of {words}", REFUSED, weight=other)
-    for name in ("qdata", "scale_and_zero", "act_pre_scale", "untransposed", "dequantize", "shape", "__x__"):
+    for name in (
+        "qdata",
+        "scale_and_zero",
+        "act_pre_scale",
+        "untransposed",
+        "dequantize",
+        "shape",
+        "__x__",
+    ):
         yield of(f"attribute {name}", REFUSED, **{name: 1})
     for name in ("note", "weight2", "_is_hf_initialized"):
         yield of(f"attribute {name}", KEPT, **{name: [1]})
