@@ -180,7 +180,7 @@ def test_other_torchao_formats_are_saved_as_they_were(tmp_path: Path) -> None:
     source = written(TIED["llama"](), tmp_path / "source")
     quantized(source)
     torchao = TorchAoConfig(
-        FqnToConfig({"_default": Int8WeightOnlyConfig()}), include_input_output_embeddings=True
+        FqnToConfig({"_default": Int8WeightOnlyConfig(version=2)}), include_input_output_embeddings=True
     )
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=torchao)
     model.save_pretrained(tmp_path / "out")

@@ -173,7 +173,7 @@ def test_the_prototype_of_torchao_is_told_from_ours() -> None:
 
 def test_torchaos_own_classes_are_written_as_before() -> None:
     layer: Any = nn.Sequential(nn.Linear(64, 32))
-    quantize_(layer, Int8WeightOnlyConfig())
+    quantize_(layer, Int8WeightOnlyConfig(version=2))
     for _ in range(2):
         importlib.reload(safetensors_format)  # a second import wraps nothing twice
     tensors, metadata = flatten_tensor_state_dict(layer.state_dict())
