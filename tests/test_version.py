@@ -67,7 +67,7 @@ def test_no_requirement_has_an_upper_bound() -> None:
     """Or to install this package could replace the torch that a user has by an older one."""
     text = (ROOT / "pyproject.toml").read_text()
     (dependencies,) = re.findall(r"^dependencies = (\[.*\])$", text, re.MULTILINE)
-    assert dependencies == '["torch>=2.12", "torchao>=0.17"]'
+    assert dependencies == '["torch>=2.13", "torchao>=0.17"]'
 
 
 def test_dynamo_compiles_no_part_of_a_hidden_function() -> None:

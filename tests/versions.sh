@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the fast tests under several versions of torch, each in an environment and a clone of its own:
 #
-#   tests/versions.sh 2.12.1 2.14.1
+#   tests/versions.sh 2.14.1 2.15.0
 #
 # A torch of PyPI for Linux brings CUDA's libraries, 5.5 GB a version. Other requirements may be given as
 # REQUIREMENTS='torchao==0.17.0 transformers==5.0.0'. What is committed is tested. KEEP=FOLDER keeps the

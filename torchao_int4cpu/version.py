@@ -64,7 +64,7 @@ def warn_of_old_transformers(version: str) -> None:
 def hide_from_dynamo(function: Callable[..., Any]) -> None:
     """Have `torch.compile` run a function, and what it calls, as it is: it compiles no part of it.
 
-    `torch._dynamo.disable` does so too, but imports dynamo, which takes a second. As of torch 2.12 to
+    `torch._dynamo.disable` does so too, but imports dynamo, which takes a second. As of torch 2.13 to
     2.15; where torch has it no more, dynamo may compile parts of the function, as it may of any.
     """
     from torch._C._dynamo import eval_frame
