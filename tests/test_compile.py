@@ -19,9 +19,7 @@ from tests.weights import random_weight
 from torchao_int4cpu import Int4WeightOnlyConfig, set_kernel
 from torchao_int4cpu.format.packed import int4_mm_reference
 
-pytestmark = pytest.mark.usefixtures("kernel")
-
-pytestmark = pytest.mark.usefixtures("_fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("kernel", "_fresh_dynamo")
 
 
 def layer(dtype: torch.dtype = torch.bfloat16, n: int = 600, k: int = 512) -> Any:
