@@ -175,7 +175,7 @@ def minilm_weights() -> list[Tensor]:
     ("algorithm", "pinned"),
     [
         ("tinygemm", {32: 21.89, 64: 20.56, 128: 19.47}),
-        ("hqq", {32: 22.20, 64: 20.84, 128: 19.70}),
+        pytest.param("hqq", {32: 22.20, 64: 20.84, 128: 19.70}, marks=pytest.mark.slow),
         ("mse", {32: 22.84, 64: 21.40, 128: 20.29}),
     ],
 )

@@ -81,7 +81,7 @@ def test_no_more_graphs_than_a_dense_layer(rows: list[int], options: dict[str, A
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("m", [1, pytest.param(5, marks=pytest.mark.slow), 700])
+@pytest.mark.parametrize("m", [*(pytest.param(m, marks=pytest.mark.slow) for m in (1, 5)), 700])
 def test_inductor_equals_eager(dtype: torch.dtype, m: int) -> None:
     eager = layer(dtype)
     with warnings.catch_warnings():
@@ -91,7 +91,9 @@ def test_inductor_equals_eager(dtype: torch.dtype, m: int) -> None:
         assert_close_to_eager(compiled, eager, torch.randn(2, m, 512).to(dtype))
 
 
-@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("max-autotune", marks=pytest.mark.slow), "reduce-overhead"]
+)
 @pytest.mark.parametrize("freezing", [False, True])
 def test_other_modes(mode: str, freezing: bool) -> None:
     """With freezing, max-autotune may take inductor's own int4 template, which reads our bytes."""

@@ -7,9 +7,6 @@ import dataclasses
 import gc
 import importlib
 import json
-import os
-import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 import torchao_int4cpu
 import torchao_int4cpu.quantize.config
 from tests.numerics import assert_int4
+from tests.processes import run_child
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
@@ -114,13 +112,8 @@ def test_torchaos_other_formats_are_untouched() -> None:
     layer = nn.Linear(128, 64).bfloat16()
     with pytest.raises((AssertionError, ImportError, RuntimeError, AttributeError, ValueError)) as ours:
         quantize_(layer, ao.Int4WeightOnlyConfig(group_size=128))
-    script = (
-        "import torch, torchao.quantization as ao\n"
-        "layer = torch.nn.Linear(128, 64).bfloat16()\n"
-        "try: ao.quantize_(layer, ao.Int4WeightOnlyConfig(group_size=128))\n"
-        "except Exception as error: print(type(error).__name__, str(error))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run_child("torchaos_default_format")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{type(ours.value).__name__} {ours.value}".strip()
     handler: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
     assert handler.torchao_handler.__module__ == "torchao.quantization.quant_api"
@@ -456,16 +449,11 @@ def test_a_config_reads_back_as_torchaos_own(config: Int4WeightOnlyConfig) -> No
 
 
 @pytest.mark.parametrize(
-    "seed", ["0", "1", *(pytest.param(seed, marks=pytest.mark.slow) for seed in ("2", "5"))]
+    "seed", ["0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in ("1", "2", "5"))]
 )
 def test_serialization_does_not_depend_on_the_hash_seed(seed: str) -> None:
     """torchao looks a class name up in a *set* of modules."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.children.serialized_config"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONHASHSEED": seed},
-    )
+    done = run_child("serialized_config", environment={"PYTHONHASHSEED": seed})
     assert done.stdout.split() == [
         "torchao.quantization.quant_api",
         "opaque",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torchao.quantization import quantize_
 
 from tests.numerics import UNIT, assert_int4, native
-from tests.test_isa import CAPABILITIES, SUPPORTED, _param, run
+from tests.test_isa import CAPABILITIES, SUPPORTED, _param, readers, run
 from tests.weights import random_weight
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu.kernels.selection import decode_max_rows
@@ -157,23 +157,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def outputs(programs: Path) -> dict[str, Future[str]]:
-    """What `load_linear` says under each instruction set."""
-    with ThreadPoolExecutor() as pool:
-        return {
-            reader: pool.submit(
-                run, reader, "-m", "tests.children.load_linear", str(programs), reader, *WRITERS
-            )
-            for reader in WRITERS
-        }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
-def test_a_program_from_any_instruction_set(reader: str, outputs: dict[str, Future[str]]) -> None:
+@pytest.mark.parametrize("reader", readers())
+def test_a_program_from_any_instruction_set(reader: str, programs: Path) -> None:
     """All ordered pairs. Our op gives the right numbers; PyTorch's does so or the program refuses."""
-    assert int(outputs[reader].result()) == 10 * len(WRITERS)
+    done = run(reader, "-m", "tests.children.load_linear", str(programs), reader, *WRITERS)
+    assert int(done) == 10 * len(WRITERS)
 
 
 # --- what else a forward does with a weight ------------------------------------------------------
@@ -213,7 +201,7 @@ class Forms(nn.Module):
         ]
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_views_and_products_are_exported_whole(strict: bool, kernel: str) -> None:
     eager, inputs = Forms(), (torch.randn(4, 128), torch.tensor([[0, 5], [100, 7]]))
     program = torch.export.export(eager, inputs, strict=strict)

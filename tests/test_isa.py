@@ -24,10 +24,10 @@ SUPPORTED = {
 }
 
 
-def _param(*names: str) -> object:
+def _param(*names: str, marks: tuple[pytest.MarkDecorator, ...] = ()) -> object:
     missing = [name for name in names if not SUPPORTED[name]]
     reason = f"this CPU has no {' and no '.join(missing)}"
-    return pytest.param(*names, marks=pytest.mark.skipif(bool(missing), reason=reason))
+    return pytest.param(*names, marks=[pytest.mark.skipif(bool(missing), reason=reason), *marks])
 
 
 def run(capability: str, *command: str, **extra: str) -> str:
@@ -46,6 +46,12 @@ OWN = torch.backends.cpu.get_cpu_capability().lower()
 OTHERS = [name for name in CAPABILITIES if name != OWN]
 
 
+def readers() -> list[object]:
+    """Every capability, for a test that reads what all of them wrote; fast is this process's own."""
+    slow = pytest.mark.slow
+    return [name if name == OWN else _param(name, marks=(slow,)) for name in CAPABILITIES]
+
+
 def test_the_layout_here_is_that_of_the_capability() -> None:
     layout = native_layout()
     assert layout is not None
@@ -60,8 +66,9 @@ def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
 
 @pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
 def test_layout_and_weight_hold(capability: str) -> None:
-    """The layout against the op, and what a weight is, with that instruction set."""
-    run_tests(capability, ("layout", "tensor"), "not memory and not compil")
+    """The layout against the op, what a weight is, and its product, with that instruction set."""
+    names = ("layout", "tensor", "slicing", "kernels")
+    run_tests(capability, names, "not memory and not compil and not opcheck and not every_cut_of_rows")
 
 
 @pytest.mark.slow
@@ -82,7 +89,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
+@pytest.mark.parametrize("reader", readers())
 def test_written_under_one_read_under_another(reader: str, written: Path) -> None:
     """All ordered pairs, nine ways to save and load each; no warning, so nothing is slow."""
     writers = [name for name in CAPABILITIES if SUPPORTED[name]]
