@@ -120,7 +120,7 @@ def test_torchaos_other_formats_are_untouched() -> None:
 
 
 def test_importing_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The class that is made again must not stay: pickles find it by name, and others have the first one.
+    # The class that is made again must not stay: pickles find it by name, others have the first.
     monkeypatch.setattr(torchao_int4cpu.quantize.config, "Int4WeightOnlyConfig", Int4WeightOnlyConfig)
     handler: Any = _QUANTIZE_CONFIG_HANDLER[ao.Int4WeightOnlyConfig]
     original = handler.torchao_handler
