@@ -411,3 +411,19 @@ def test_unknown_ops_are_refused_by_name(operation: Callable[[Tensor], object], 
     ):
         assert f"{supported}, " in message
     assert message.endswith("call .dequantize() for a plain tensor")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_to_with_a_memory_layout(transposed: bool) -> None:
+    """The op that takes one: the weight itself, or a copy of another logical dtype."""
+    w = weight_of()
+    t: Any = w.t() if transposed else w
+    to = torch.ops.aten.to.dtype_layout
+    assert to(t, dtype=t.dtype, layout=torch.strided) is t
+    half = to(t, dtype=torch.float16, layout=torch.strided, device=torch.device("cpu"))
+    assert type(half) is type(t)
+    assert (half.dtype, half.shape) == (torch.float16, t.shape)
+    copied = to(t, layout=torch.strided, copy=True)
+    assert copied is not t
+    assert copied.qdata.data_ptr() != t.qdata.data_ptr()
+    assert torch.equal(copied, t)

@@ -103,7 +103,7 @@ def test_a_nested_file_with_other_tensors_and_one_of_the_prototype(tmp_path: Pat
     assert [weight.name for weight in contents.weights] == ["model.0.w"]
     assert [(other.key, other.shape) for other in contents.others] == [("step", ())]
     (problem,) = inspect(FILES / "upstream" / "prototype-0.16.0-default.pt").problems
-    assert "is read by torchao_int4cpu.load_prototype" in problem
+    assert "is read by torchao_int4cpu.load_torchao_checkpoint" in problem
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -155,6 +155,18 @@ def test_what_is_copied_into_a_cut_of_zeros_is_written_back(dim: int, cut: slice
     assert torch.equal(again, piece)
 
 
+def test_a_part_that_was_assigned_is_checked_again() -> None:
+    """Those that every weight has; a class checks its own."""
+    t = marked(rows=True)
+    x = torch.randn(3, K)
+    y = torch.nn.functional.linear(x, t)
+    t.qdata = t.qdata.clone()
+    assert torch.equal(torch.nn.functional.linear(x, t), y)
+    t.qdata = t.qdata[:64]
+    with pytest.raises(ValueError, match="qdata has shape"):
+        torch.nn.functional.linear(x, t)
+
+
 def test_the_trace_of_a_weight_depends_on_its_parts() -> None:
     weights = (marked(), marked(columns=False), marked(rows=True))
     hashes = {t._stable_hash_for_caching() for t in weights}

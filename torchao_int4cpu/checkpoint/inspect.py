@@ -114,7 +114,7 @@ def _inspect_torch_file(path: Path, verify: bool) -> Contents:
     except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
         contents.problems.append(
             f"it cannot be loaded: {str(error).splitlines()[0]} (a checkpoint of torchao's prototype "
-            "is read by torchao_int4cpu.load_prototype; of a whole model, save the state dict)"
+            "is read by torchao_int4cpu.load_torchao_checkpoint; of a whole model, save the state dict)"
         )
         loaded = None
     for name, tensor in _tensors(loaded, ""):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.conversions import zeros_like
-from torchao_int4cpu.dispatch.cuts import same_numbers, stacked
+from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.dispatch.table import implements, on_weight
 from torchao_int4cpu.dispatch.transposition import dim_of, weight_dim
 from torchao_int4cpu.dispatch.views import handle_unsqueeze
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout, padded_rows
 from torchao_int4cpu.format.packed import Part
-from torchao_int4cpu.format.slicing import PackedRows, join_columns
+from torchao_int4cpu.format.slicing import PackedRows, join_columns, stacked
 from torchao_int4cpu.kernels.ops.slicing import traceable_join_rows, traceable_repack
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of

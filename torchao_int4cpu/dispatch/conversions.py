@@ -54,7 +54,7 @@ def handle_to_dtype_layout(
     copy: bool = False,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """``.to`` as ``module.to_empty`` and others spell it; the weight itself if nothing changes."""
+    """``.to`` with a memory layout among its arguments; the weight itself if nothing changes."""
     if not copy and dtype in (None, t.dtype) and device in (None, t.device):
         return t
     converted: Tensor = aten._to_copy.default(t, dtype=dtype, device=device)
@@ -146,7 +146,7 @@ def handle_empty_like(
     return _converted(t, dtype, device, _empty_like)
 
 
-@implements(aten.new_zeros.default)
+@implements(aten.new_zeros.default, aten.new_empty.default)
 def handle_new_zeros(
     t: Int4Weight,
     size: Sequence[int],
@@ -156,7 +156,7 @@ def handle_new_zeros(
     device: torch.device | None = None,
     pin_memory: bool | None = None,
 ) -> Int4Weight:
-    """``new_zeros(size)``: a 4-bit weight of that size in the groups of this one, every number 0.
+    """``new_zeros(size)``, ``new_empty(size)``: a weight of that size in the groups of this one, zeros.
 
     It is made to be filled piece by piece, as sharding code does: whatever is copied into a cut of it
     is written back, on block borders or not.
@@ -164,36 +164,13 @@ def handle_new_zeros(
     Raises:
         ValueError: the size has no element.
     """
-    return _zeros("new_zeros", t, list(size), dtype, device)
-
-
-@implements(aten.new_empty.default)
-def handle_new_empty(
-    t: Int4Weight,
-    size: Sequence[int],
-    *,
-    dtype: torch.dtype | None = None,
-    layout: torch.layout | None = None,
-    device: torch.device | None = None,
-    pin_memory: bool | None = None,
-) -> Int4Weight:
-    """``new_empty(size)``: as `handle_new_zeros`."""
-    return _zeros("new_empty", t, list(size), dtype, device)
-
-
-def _zeros(
-    name: str,
-    t: Int4Weight,
-    size: list[int],
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-) -> Int4Weight:
-    if 0 in size or len(size) not in (2, 3):
-        raise ValueError(_no_empty_message(t, f"{name} got size {size}"))
+    shape = list(size)
+    if 0 in shape or len(shape) not in (2, 3):
+        raise ValueError(_no_empty_message(t, f"new_zeros got size {shape}"))
     weight = weight_of(t)
     if isinstance(t, Int4TransposedTensor):
-        size[-1], size[-2] = size[-2], size[-1]
-    zeros = zeros_like(weight, size, dtype, torch.device(device or weight.device))
+        shape[-1], shape[-2] = shape[-2], shape[-1]
+    zeros = zeros_like(weight, shape, dtype, torch.device(device or weight.device))
     return Int4TransposedTensor(zeros) if isinstance(t, Int4TransposedTensor) else zeros
 
 

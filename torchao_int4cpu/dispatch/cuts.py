@@ -5,7 +5,7 @@ Along N a cut between blocks of the layout is a view; along K, and inside a bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from torchao_int4cpu.format.slicing import (
     PackedRows,
     at_border,
     cut_columns,
+    stacked,
     write_columns,
     write_rows,
 )
@@ -183,26 +184,6 @@ def same_numbers(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a is b:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
-def stacked(matrices: Iterable[Tensor], stack: Sequence[int]) -> Tensor:
-    """The parts of the matrices of a weight in one tensor, for ``stack`` in front of their shape.
-
-    Each is freed before the next is made, if ``matrices`` is a generator.
-    """
-    if not stack:
-        (matrix,) = matrices
-        return matrix
-    if torch.compiler.is_compiling():  # fewer nodes
-        return torch.stack(list(matrices))
-    remaining = iter(matrices)
-    matrix = next(remaining)
-    whole = matrix.new_empty(*stack, *matrix.shape)
-    whole[0] = matrix
-    del matrix
-    for index in range(1, stack[0]):
-        whole[index] = next(remaining)  # no name, which would keep it while the next is made
-    return whole
 
 
 def pad_rows(part: Tensor, n_dim: int = -2) -> Tensor:

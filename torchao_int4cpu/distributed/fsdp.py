@@ -21,7 +21,7 @@ from torchao_int4cpu.format.layout import (
     layout_numbered,
     padded_rows,
 )
-from torchao_int4cpu.format.slicing import PackedRows, at_border, join_rows, repack
+from torchao_int4cpu.format.slicing import PackedRows, at_border, join_rows, repack, stacked
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 
@@ -122,13 +122,12 @@ def _stack_in(target: NibbleLayout, qdata: Tensor, layouts: list[NibbleLayout]) 
     """Bytes ``[E, N', K'/2]`` in that layout; equal parts of E are in one of ``layouts`` each."""
     if all(layout == target for layout in layouts):
         return qdata
-    return torch.stack(
-        [
-            repack(matrix, layout, target)
-            for shard, layout in zip(qdata.chunk(len(layouts)), layouts)
-            for matrix in shard
-        ]
+    repacked = (
+        repack(matrix, layout, target)
+        for shard, layout in zip(qdata.chunk(len(layouts)), layouts)
+        for matrix in shard
     )
+    return stacked(repacked, qdata.shape[:1])
 
 
 def _shared_parts(t: Int4OpaqueTensor) -> dict[str, Tensor]:

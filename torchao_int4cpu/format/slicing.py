@@ -10,7 +10,7 @@ Everything here is uint8 ``[N', K'/2]`` in one of the layouts of `layout`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,6 +168,26 @@ def _column_chunks(columns: int, rows: int) -> Iterator[slice]:
     step = max(2, SHUFFLE_CODES // rows // 2 * 2)
     for start in range(0, columns, step):
         yield slice(start, min(columns, start + step))
+
+
+def stacked(matrices: Iterable[Tensor], stack: Sequence[int]) -> Tensor:
+    """The parts of the matrices of a weight in one tensor, for ``stack`` in front of their shape.
+
+    Each is freed before the next is made, if ``matrices`` is a generator.
+    """
+    if not stack:
+        (matrix,) = matrices
+        return matrix
+    if torch.compiler.is_compiling():  # fewer nodes
+        return torch.stack(list(matrices))
+    remaining = iter(matrices)
+    matrix = next(remaining)
+    whole = matrix.new_empty(*stack, *matrix.shape)
+    whole[0] = matrix
+    del matrix
+    for index in range(1, stack[0]):
+        whole[index] = next(remaining)  # no name, which would keep it while the next is made
+    return whole
 
 
 def legal_pieces(total: int, unit: int = 1) -> str:

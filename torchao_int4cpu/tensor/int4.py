@@ -25,7 +25,7 @@ from torchao_int4cpu.format.layout import (
     unpack,
 )
 from torchao_int4cpu.format.packed import INT4_PARTS, PackedInt4, Part
-from torchao_int4cpu.format.slicing import repack
+from torchao_int4cpu.format.slicing import repack, stacked
 from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize
 
 #: What must fit together, and what holds it: shape and dtype are those of ``data``.
@@ -324,8 +324,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         if target is not None and self.qdata_layout != target.name:
             weight = self._checked()
             if self.qdata.device.type == "cpu":
-                repacked = [repack(m.qdata, m.layout, target) for m in weight.matrices()]
-                self.__dict__["qdata"] = torch.stack(repacked) if self.ndim == 3 else repacked[0]
+                repacked = (repack(m.qdata, m.layout, target) for m in weight.matrices())
+                self.__dict__["qdata"] = stacked(repacked, weight.stack)
             self.__dict__["qdata_layout"] = target.name
             self._remember()
         return self
@@ -364,7 +364,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
                 dtype=self.dtype,
                 block_size=self.block_size,
                 qdata_layout=self.qdata_layout,
-                **{part.name: getattr(self, part.name) for part in self.PARTS},
+                # A class with more parts checks those itself.
+                **{part.name: getattr(self, part.name) for part in INT4_PARTS},
             )
         return self._packed or self._remember()
 

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,60 +42,37 @@ def _arguments(weight: PackedInt4) -> tuple[object, ...]:
     return weight._replace(layout=weight.layout.name)  # type: ignore[arg-type]  # of ops: a str
 
 
-def _embedding_kernel(
-    indices: Tensor,
-    qdata: Tensor,
-    scale_and_zero: Tensor,
-    group_size: int,
-    layout: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), rows, columns)
+def _weight_of(arguments: Sequence[Any]) -> PackedInt4:
+    """The weight that the arguments of an op stand for, as they come: see `_WEIGHT`."""
+    qdata, scale_and_zero, group_size, layout, rows, columns = arguments
+    return PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), rows, columns)
+
+
+def _embedding_kernel(indices: Tensor, *arguments: Any) -> Tensor:
+    *of_weight, dtype = arguments
+    weight = _weight_of(of_weight)
     check_packed(weight, 2, indices)
     return embedding(indices, weight, dtype)
 
 
-def _embedding_fake(
-    indices: Tensor,
-    qdata: Tensor,
-    scale_and_zero: Tensor,
-    group_size: int,
-    layout: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _embedding_fake(indices: Tensor, *arguments: Any) -> Tensor:
+    qdata, scale_and_zero, *_, columns, dtype = arguments
     check_one_device(indices=indices, qdata=qdata, scale_and_zero=scale_and_zero)
     return indices.new_empty(*indices.shape, columns, dtype=dtype)
 
 
-def _dequantize_kernel(
-    qdata: Tensor,
-    scale_and_zero: Tensor,
-    group_size: int,
-    layout: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    weight = PackedInt4(qdata, scale_and_zero, group_size, layout_named(layout), rows, columns)
+def _dequantize_kernel(*arguments: Any) -> Tensor:
+    *of_weight, dtype = arguments
+    weight = _weight_of(of_weight)
     check_packed(weight, 2)
     return dequantize(weight, dtype)
 
 
-def _dequantize_fake(
-    qdata: Tensor,
-    scale_and_zero: Tensor,
-    group_size: int,
-    layout: str,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _dequantize_fake(*arguments: Any) -> Tensor:
+    qdata, scale_and_zero, *_, rows, columns, dtype = arguments
     check_one_device(qdata=qdata, scale_and_zero=scale_and_zero)
-    return qdata.new_empty(rows, columns, dtype=dtype)
+    dense: Tensor = qdata.new_empty(rows, columns, dtype=dtype)
+    return dense
 
 
 _WEIGHT = "Tensor qdata, Tensor scale_and_zero, int group_size, str layout, int rows, int columns"
