@@ -26,7 +26,9 @@ from tests.printed_tables import split_row
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.bench import model as bench_model
-from torchao_int4cpu.bench.model import LlamaShape, ModelRow, Text
+from torchao_int4cpu.bench import model_variants
+from torchao_int4cpu.bench.model import ModelRow
+from torchao_int4cpu.bench.model_variants import LlamaShape, Text
 
 SHAPE = LlamaShape(dim=512, ffn=544, layers=1, vocab=304)
 GROUP_SIZE = 32
@@ -68,13 +70,13 @@ def rows() -> list[ModelRow]:
 @pytest.fixture(scope="module")
 def original() -> Any:
     """The model of `rows`."""
-    return bench_model.load(SHAPE, PROMPT + NEW).requires_grad_(False)
+    return model_variants.load(SHAPE, PROMPT + NEW).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def text(original: Any) -> Text:
     """The text of `rows`."""
-    return bench_model.random_text(original, PROMPT, NEW)
+    return model_variants.random_text(original, PROMPT, NEW)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_errors_are_of_rounding_and_of_quantization(
     A wrong product, mask or position would be an error at least as large. The difference from bf16 is
     the change by quantization, give or take the error (the triangle inequality).
     """
-    quantized = bench_model.quantized_copy(original, CONFIG, quiet)
+    quantized = model_variants.quantized_copy(original, CONFIG, quiet)
     dense, packed = (bench_model.float32_logits(model, text) for model in (original, quantized))
     change = bench_model.relative_difference(packed, dense)
     ratio = float(packed.norm() / dense.norm())
@@ -154,7 +156,7 @@ def test_errors_are_of_rounding_and_of_quantization(
 
 
 def test_the_quantized_copy_is_4_bit_and_shares_the_rest(original: Any) -> None:
-    quantized = bench_model.quantized_copy(original, CONFIG, quiet)
+    quantized = model_variants.quantized_copy(original, CONFIG, quiet)
     layers = [module for module in quantized.modules() if isinstance(module, nn.Linear)]
     for layer, shape in zip(layers, LINEAR, strict=True):
         assert_int4(layer.weight, shape, GROUP_SIZE)
@@ -165,8 +167,8 @@ def test_the_quantized_copy_is_4_bit_and_shares_the_rest(original: Any) -> None:
 
 
 def test_the_prototype_holds_the_same_bytes(original: Any) -> None:
-    quantized = bench_model.quantized_copy(original, CONFIG, quiet)
-    converted = bench_model.prototype_copy(quantized)
+    quantized = model_variants.quantized_copy(original, CONFIG, quiet)
+    converted = model_variants.prototype_copy(quantized)
     mine, theirs = quantized.lm_head.weight, converted.lm_head.weight
     assert isinstance(mine, Int4OpaqueTensor)
     assert not isinstance(theirs, Int4OpaqueTensor)
@@ -176,8 +178,8 @@ def test_the_prototype_holds_the_same_bytes(original: Any) -> None:
 
 def test_what_is_compared_with_is_a_model_of_float32_weights(original: Any, text: Text) -> None:
     """Bit for bit: layer by layer as `float32_logits` does, and by a model that holds them all."""
-    quantized = bench_model.quantized_copy(original, CONFIG, quiet)
-    dense = bench_model.quantized_copy(original, CONFIG, quiet)
+    quantized = model_variants.quantized_copy(original, CONFIG, quiet)
+    dense = model_variants.quantized_copy(original, CONFIG, quiet)
     for module in dense.modules():
         if isinstance(module, nn.Linear):
             assert isinstance(module.weight, Int4OpaqueTensor)
@@ -201,7 +203,7 @@ def test_attention_is_the_one_of_transformers(tokens: int, shared: int, mask_hea
     # None for all, one for all heads, one for each head
     mask = [None, seen[None, None], seen.expand(1, 2 * shared, -1, -1)][mask_heads]
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.1)
-    y, weights = bench_model.attend(module, query, key, value, mask, scaling=0.1)
+    y, weights = model_variants.attend(module, query, key, value, mask, scaling=0.1)
     assert weights is None
     assert torch.equal(y, expected)
 
@@ -211,13 +213,13 @@ def test_the_model_attends_so(original: Any, text: Text) -> None:
 
     def attend(module: nn.Module, query: torch.Tensor, *args: Any, **options: Any) -> Any:
         used.append(query.shape[2])
-        return bench_model.attend(module, query, *args, **options)
+        return model_variants.attend(module, query, *args, **options)
 
-    transformers.AttentionInterface.register(bench_model.ATTENTION, attend)
+    transformers.AttentionInterface.register(model_variants.ATTENTION, attend)
     cache = transformers.StaticCache(original.config, max_cache_len=PROMPT + 1)
     original(text.ids[:, :PROMPT], past_key_values=cache)
     original(text.ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
-    transformers.AttentionInterface.register(bench_model.ATTENTION, bench_model.attend)
+    transformers.AttentionInterface.register(model_variants.ATTENTION, model_variants.attend)
     assert used == [PROMPT, 1]
 
 
@@ -331,30 +333,30 @@ def test_without_transformers_one_line_says_what_to_install(
 
 
 def test_more_tokens_than_the_model_takes_are_refused(saved: str) -> None:
-    assert bench_model.load(saved, 16).dtype == torch.bfloat16
+    assert model_variants.load(saved, 16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"17 tokens with the prompt are too many .* at most 16"):
-        bench_model.load(saved, 17)
+        model_variants.load(saved, 17)
 
 
 def test_a_model_that_is_quantized_already_is_refused(
     original: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantized = bench_model.quantized_copy(original, CONFIG, quiet)
+    quantized = model_variants.quantized_copy(original, CONFIG, quiet)
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda path, dtype: quantized
     )
     with pytest.raises(ValueError, match="'x' is quantized already; give the model that it was made"):
-        bench_model.load("x", 4)
+        model_variants.load("x", 4)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="none of the 0 linear layers of Sequential became 4-bit"):
-        bench_model.quantized_copy(nn.Sequential(nn.ReLU()), CONFIG, quiet)
+        model_variants.quantized_copy(nn.Sequential(nn.ReLU()), CONFIG, quiet)
 
 
 @pytest.mark.parametrize(("n", "k", "group_size"), [(40, 64, 32), (64, 72, 32), (64, 256, 256)])
 def test_the_prototype_cannot_hold_padded_weights(n: int, k: int, group_size: int) -> None:
     config = Int4WeightOnlyConfig(group_size=group_size)
-    quantized = bench_model.quantized_copy(nn.Sequential(nn.Linear(k, n)), config, quiet)
+    quantized = model_variants.quantized_copy(nn.Sequential(nn.Linear(k, n)), config, quiet)
     with pytest.raises(ValueError, match=f"cannot run a {n} x {k} weight in groups of {group_size}"):
-        bench_model.prototype_copy(quantized)
+        model_variants.prototype_copy(quantized)

@@ -60,7 +60,7 @@ MODULES = {
     "quantize": ["run", "parameter", "config"],
     "convert": ["plan", "directory"],
     "integrations": ["on_import", "transformers", "vllm"],
-    "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model"],
+    "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
     "commands": [
         "options",
         "environment",

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.bench import model as bench_model
+from torchao_int4cpu.bench import model_variants
 from torchao_int4cpu.commands.environment import environment
 from torchao_int4cpu.commands.progress import Steps
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
@@ -28,7 +29,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="directory or hub id of a causal language model; without PATH a Llama of random weights",
     )
-    for size in fields(bench_model.LlamaShape):
+    for size in fields(model_variants.LlamaShape):
         group.add_argument(f"--{size.name}", type=int, help=f"of the random Llama ({size.default})")
     group.add_argument("--prompt-tokens", type=int, default=512, help="to prefill")
     group.add_argument("--new-tokens", type=int, default=16, help="to decode after each prefill")
@@ -38,10 +39,10 @@ def add_to(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print measured rows of a whole model."""
     refuse_given(args, LAYER_OPTIONS, "leave --model out")
-    sizes = {size.name: getattr(args, size.name) for size in fields(bench_model.LlamaShape)}
+    sizes = {size.name: getattr(args, size.name) for size in fields(model_variants.LlamaShape)}
     if args.model:
         refuse_given(args, tuple(sizes), f"leave {args.model!r} out")
-    shape = bench_model.LlamaShape(**{name: n for name, n in sizes.items() if n is not None})
+    shape = model_variants.LlamaShape(**{name: n for name, n in sizes.items() if n is not None})
     config = Int4WeightOnlyConfig(
         group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
     )
