@@ -25,7 +25,7 @@ def main() -> None:
     expected = int4_mm(x, weight)
     more = len(os.listdir("/proc/self/task")) - before
     mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    pools = {path for path in mapped if "omp" in path}
+    pools = {path for path in mapped if "omp" in Path(path).name}
     child = os.fork()
     if child == 0:
         with warnings.catch_warnings(record=True) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from typing import Any
@@ -21,6 +22,8 @@ def main(wait_after: str, *command: str) -> None:
         written += 1
         return write_shard(*arguments)
 
+    # A shell's background job ignores SIGINT, and so would this child of a test that runs in one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     directory.SHARD_BYTES = 1
     directory._write_shard = write_or_wait  # type: ignore[assignment]
     sys.exit(__main__.main(list(command)))
