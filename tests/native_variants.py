@@ -48,7 +48,7 @@ def runnable_libraries() -> dict[str, NativeLibrary]:
 
 
 class Variant:
-    """One kernel: ``mm(x, weight)``."""
+    """One kernel: ``mm(x, weight, bias)``."""
 
     def __init__(self, name: str, library: NativeLibrary) -> None:
         self.name, self.library = name, library
@@ -56,8 +56,8 @@ class Variant:
             LAYOUTS[layout] for layout, names in KERNELS_OF_LAYOUT.items() if name in names
         )
 
-    def mm(self, x: Tensor, weight: PackedInt4) -> Tensor:
-        return self.library.mm(self.name, x, weight)
+    def mm(self, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+        return self.library.mm(self.name, x, weight, bias)
 
     def random(self, n: int, k: int, group_size: int, seed: int = 0) -> PackedInt4:
         return packed_in(random_groupwise(n, k, group_size, seed), self.layout)

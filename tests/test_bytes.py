@@ -56,11 +56,11 @@ def usage_of(call: Callable[[], object]) -> Usage:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight of 1024 x 1024 is to be large: what is done piece by piece is done in small pieces."""
-    from torchao_int4cpu.dispatch import copies
+    from torchao_int4cpu.dispatch import pieces
 
     monkeypatch.setattr(slicing, "SHUFFLE_CODES", 1 << 14)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(copies, "COMPARE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 1 << 14)
     monkeypatch.setattr(prefill, "PREFILL_MAX_BYTES", 1 << 19)
 
 

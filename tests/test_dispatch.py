@@ -270,9 +270,13 @@ def test_module_to_changes_weight_and_bias(dtype: torch.dtype) -> None:
 
 
 def test_float64_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"dtype is torch\.float64; choose"):
+    with pytest.raises(
+        TypeError, match="cannot convert a 4-bit weight to torch.float64"
+    ):
         weight_of().double()
-    with pytest.raises(TypeError, match=r"dtype is torch\.float64; choose"):
+    with pytest.raises(
+        TypeError, match="cannot convert a 4-bit weight to torch.float64"
+    ):
         weight_of().to(torch.float64)
 
 
@@ -385,11 +389,8 @@ def test_a_float_weight_takes_no_4_bit_one() -> None:
 @pytest.mark.parametrize(
     ("operation", "name"),
     [
-        (lambda w: w + 1, "aten.add.Tensor"),
-        (lambda w: w.t() * 2, "aten.mul.Tensor"),
-        (lambda w: w.sum(), "aten.sum.default"),
+        (lambda w: w.t().cumsum(0), "aten.cumsum.default"),
         (lambda w: w.fill_(0), "aten.fill_.Scalar"),
-        (lambda w: torch.zeros_like(w), "aten.zeros_like.default"),
         (lambda w: torch.mm(torch.zeros(1, 70), w.t(), out=torch.zeros(1, 40)), "aten.mm.out"),
         (lambda w: w.index_copy_(0, torch.tensor([1]), w[:1]), "aten.index_copy_.default"),
         (lambda w: F.embedding(torch.tensor([1]), w, max_norm=1.0), "aten.embedding_renorm_.default"),
@@ -401,16 +402,8 @@ def test_unknown_ops_are_refused_by_name(operation: Callable[[Tensor], object], 
     with pytest.raises(NotImplementedError) as caught, torch.no_grad():
         operation(weight_of())
     message = str(caught.value)
-    assert message.startswith(f"{name} has no 4-bit implementation; Int4")
-    assert " supports _c10d" in message
-    for supported in (
-        "aten.linear.default",
-        "aten.t.default",
-        "aten.embedding.default",
-        "aten.mm.default",
-    ):
-        assert f"{supported}, " in message
-    assert message.endswith("call .dequantize() for a plain tensor")
+    assert message.startswith(f"{name} has no implementation for a 4-bit weight; ")
+    assert ".dequantize()" in message
 
 
 @pytest.mark.parametrize("transposed", [False, True])

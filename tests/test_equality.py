@@ -7,13 +7,13 @@ import torch
 
 from tests.weights import random_weight
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
-from torchao_int4cpu.dispatch import copies
+from torchao_int4cpu.dispatch import pieces
 from torchao_int4cpu.format.layout import LAYOUTS
 
 
 @pytest.mark.parametrize("shape", [(40, 70), (300, 128), (3, 70, 64)], ids=str)
 def test_equal_and_allclose(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "COMPARE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 64 * 64)
     w = random_weight(*shape)
     for layout in LAYOUTS:
         same = random_weight(*shape, layout=layout)
@@ -47,7 +47,7 @@ def test_a_weight_equals_its_transposed_view_if_it_is_symmetric(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One is expanded by rows, the other by columns: more than one piece of each."""
-    monkeypatch.setattr(copies, "COMPARE_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 64 * 64)
     n = 600
     codes = torch.randint(0, 16, (n, n), dtype=torch.uint8)
     codes = codes.triu() + codes.triu(1).t()

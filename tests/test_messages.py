@@ -83,7 +83,7 @@ TypeError: linear got a torch.float64 activation; convert it to bfloat16, float1
 ValueError: linear got an activation on meta and a 4-bit weight on cpu; both must be on 'cpu', so move the activation with .to('cpu')
 TypeError: linear got a 4-bit tensor that is not its weight; only the weight can be one, so call .dequantize() on the other
 ValueError: a 4-bit CPU weight cannot move to 'cuda'; it runs on 'cpu' only, so keep the model there, or call .dequantize() and move that
-TypeError: dtype is torch.float64; choose torch.bfloat16, torch.float16 or torch.float32""",
+TypeError: cannot convert a 4-bit weight to torch.float64; its dtype is bfloat16, float16 or float32, so call .dequantize() and convert that""",
         )
 
     def test_loading(self) -> None:

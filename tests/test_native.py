@@ -260,3 +260,22 @@ def test_unaligned_buffers(variant: Variant) -> None:
     expected = int4_mm_reference(x, weight)
     y = variant.mm(x, weight._replace(qdata=shifted[0], scale_and_zero=shifted[1]))
     assert torch.equal(y.double(), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_bias_is_added_as_torch_adds_it(
+    variant: Variant, dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
+    """Bit for bit: the product is rounded, and the sum of it and the bias once more."""
+    for n in (1, 16, 40, 64, 131):
+        weight = variant.random(n, 70, 32)
+        bias = torch.randn(n).to(bias_dtype) * 100
+        for m in (1, 5, 97):
+            x = torch.randn(m, 70).to(dtype)
+            if m == 5:
+                x[3, 7] = torch.inf  # its row is left to the dense product
+            y, expected = variant.mm(x, weight, bias), variant.mm(x, weight).add_(bias)
+            assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+            assert torch.equal(y.isnan(), expected.isnan())
+            assert not torch.equal(y.nan_to_num(), variant.mm(x, weight).nan_to_num())

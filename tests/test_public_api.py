@@ -16,6 +16,7 @@ def test_public_names() -> None:
         "Int4OpaqueTensor",
         "Int4TransposedTensor",
         "Int4WeightOnlyConfig",
+        "SUPPORTED_OPS",
         "__version__",
         "get_kernel",
         "load_prototype",

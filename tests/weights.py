@@ -25,6 +25,11 @@ def random_value(shape: tuple[int, ...], group_size: int, seed: int = 0) -> Grou
     return GroupwiseInt4(codes, scale, zero, group_size)
 
 
+def quantized(*shape: int, group_size: int = 32) -> Int4OpaqueTensor:
+    """A weight of random normal numbers, float32."""
+    return Int4OpaqueTensor.from_hp(torch.randn(shape), [1] * (len(shape) - 1) + [group_size])
+
+
 def weight_in(
     layout: str,
     value: GroupwiseInt4,

@@ -7,11 +7,12 @@ loadable. The names in ``__all__`` are the public ones.
 # These are imported for what they register.
 from torchao_int4cpu import dispatch
 from torchao_int4cpu.checkpoint import pickles, safetensors
-from torchao_int4cpu.distributed import collectives, fsdp
+from torchao_int4cpu.dispatch.entry import SUPPORTED_OPS
+from torchao_int4cpu.distributed import collectives, fsdp, shared_memory
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import transformers, vllm
+from torchao_int4cpu.integrations import dlpack, torchscript, transformers, vllm
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
@@ -19,6 +20,7 @@ from torchao_int4cpu.tensor.module_repr import ExtraRepr as ExtraRepr  # pickles
 from torchao_int4cpu.version import __version__, warn_of_untested
 
 __all__ = [
+    "SUPPORTED_OPS",
     "GroupwiseInt4",
     "Int4OpaqueTensor",
     "Int4TransposedTensor",
@@ -33,4 +35,5 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm, warn_of_untested
+del collectives, dispatch, dlpack, fsdp, pickles, safetensors, shared_memory
+del torchscript, transformers, vllm, warn_of_untested

@@ -8,12 +8,17 @@ from torchao_int4cpu.dispatch import (  # imported for what they register
     conversions,
     copies,
     embedding,
-    entry,
     indexing,
     linear,
+    memory,
     products,
+    reads,
+    scaling,
     views,
 )
+
+from torchao_int4cpu.dispatch import entry  # isort: skip  # after all of them, whose names it lists
+
 
 __all__ = [
     "concatenation",
@@ -23,6 +28,9 @@ __all__ = [
     "entry",
     "indexing",
     "linear",
+    "memory",
     "products",
+    "reads",
+    "scaling",
     "views",
 ]

@@ -48,8 +48,9 @@ def handle_stack(tensors: Sequence[Int4Weight], dim: int = 0) -> Int4Weight:
 def _check_same_class(name: str, tensors: Sequence[Any]) -> None:
     for t in tensors:
         if type(t) is not type(tensors[0]) or not isinstance(t, Int4Weight):
+            classes = " and a ".join(sorted({type(each).__name__ for each in tensors}))
             raise TypeError(
-                f"{name} got a {type(tensors[0]).__name__} and a {type(t).__name__}; all must be 4-bit "
+                f"{name} got a {classes}; all must be 4-bit "
                 "weights the same way round, so call .dequantize() or .t() on the others"
             )
 

@@ -16,7 +16,7 @@ from torchao_int4cpu.dispatch.table import (
     on_weight,
 )
 from torchao_int4cpu.dispatch.transposition import aliased
-from torchao_int4cpu.format.groupwise import CODE_OFFSET
+from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES
 from torchao_int4cpu.format.slicing import legal_pieces
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
@@ -111,6 +111,32 @@ def handle_to(t: Int4Weight, *args: Any, **kwargs: Any) -> Tensor:
 def handle_has_compatible_shallow_copy_type(a: Tensor, b: Tensor) -> bool:
     """Whether ``module.to`` may put one into the place of the other by ``.data``."""
     return type(a) is type(b) and a.shape == b.shape
+
+
+_DATA: Any = torch.Tensor.data  # annotated as a tensor; it is a descriptor
+
+
+@implements_function(_DATA.__set__)
+def handle_set_data(t: Int4Weight, value: Tensor) -> None:
+    """``weight.data = other``: take over the parts of another 4-bit weight of this shape.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    cure = "assign the parameter itself: layer.weight = torch.nn.Parameter(value, requires_grad=False)"
+    if type(value) is not type(t):
+        raise TypeError(
+            f".data of an {type(t).__name__} got a {value.dtype} {type(value).__name__}; only another "
+            f"4-bit weight of its class and shape can take its place, so {cure}"
+        )
+    if value.shape != t.shape:
+        raise ValueError(
+            f".data of a 4-bit weight of shape {list(t.shape)} got one of shape {list(value.shape)}; "
+            f"both must agree, so {cure}"
+        )
+    taken = aliased(value)
+    _DATA.__set__(t, taken)  # the dtype and the device; the rest are attributes
+    t.__dict__ = t.__dict__ | {name: kept for name, kept in taken.__dict__.items() if name != "_packed"}
 
 
 _SET_REQUIRES_GRAD: Any = torch.Tensor.requires_grad  # annotated as bool; it is a descriptor
@@ -274,6 +300,11 @@ def _converted(
     """A weight of converted parts, with another logical ``dtype`` or ``device`` if given."""
     device = torch.device(device or t.device)
     _check_device(device)
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise TypeError(
+            f"cannot convert a 4-bit weight to {dtype}; its dtype is bfloat16, float16 or float32, so "
+            "call .dequantize() and convert that"
+        )
     parts = {}
     for part in t.PARTS:
         of_weight = getattr(t, part.name)

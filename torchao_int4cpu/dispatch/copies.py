@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.dispatch.cuts import cut, same_numbers, write_back
+from torchao_int4cpu.dispatch.cuts import same_numbers, write_back
+from torchao_int4cpu.dispatch.pieces import expanded, pieces
 from torchao_int4cpu.dispatch.table import implements, implements_function
-from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.format.layout import LAYOUTS
-from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize
 from torchao_int4cpu.kernels.ops.slicing import traceable_repack
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
-from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
+from torchao_int4cpu.tensor.transposed import Int4Weight, weight_of
 
 aten = torch.ops.aten
-
-#: Weights that are expanded at a time to be compared.
-COMPARE_ELEMENTS = 1 << 20
-
-MAX_GROUP_SIZE = max(GROUP_SIZES)
 
 
 @implements(aten.copy_.default)
@@ -35,10 +29,16 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
     """
     for name, side in (("source", source), ("target", target)):
         if not isinstance(side, Int4Weight):
+            dtype = f"{side.dtype} of class " if isinstance(side, Tensor) else ""
+            cure = (
+                "quantize_ the model before you load a 4-bit state dict, or load it with "
+                "load_state_dict(..., assign=True)"
+            )
+            if name == "target":
+                cure += "; to copy its numbers, copy .dequantize()"
             raise TypeError(
-                f"copy_ got a {name} that is {side.dtype} of class {type(side).__name__} and not "
-                "4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, "
-                "or load it with load_state_dict(..., assign=True)"
+                f"copy_ got a {name} that is {dtype}{type(side).__name__} and not 4-bit as the other "
+                f"side is; {cure}"
             )
     if type(target) is not type(source):
         raise TypeError(
@@ -115,28 +115,7 @@ def _compare(same: Callable[[Tensor, Tensor], bool], a: Tensor, b: Tensor) -> bo
         return False
     if not any(isinstance(side, Int4OpaqueTensor) for side in (a, b)):
         a, b = a.transpose(-2, -1), b.transpose(-2, -1)  # the transposed view of one is enough
-    return all(same(_expanded(a, *piece), _expanded(b, *piece)) for piece in _pieces(a.shape))
-
-
-def _pieces(shape: Sequence[int]) -> Iterator[tuple[int | None, int, int]]:
-    """The matrix of a stack, and the first and last row of a piece."""
-    *stack, n, k = shape
-    # Whole blocks of every layout, and, where the rows are the columns of a weight, whole groups.
-    rows = max(MAX_GROUP_SIZE, COMPARE_ELEMENTS // k // MAX_GROUP_SIZE * MAX_GROUP_SIZE)
-    for index in range(stack[0]) if stack else (None,):
-        for start in range(0, n, rows):
-            yield index, start, min(n, start + rows)
-
-
-def _expanded(t: Tensor, index: int | None, start: int, stop: int) -> Tensor:
-    matrix = t if index is None else t.select(0, index)
-    if isinstance(matrix, Int4TransposedTensor):
-        part = cut(matrix.untransposed(), 1, start, stop)
-        return traceable_dequantize(part.packed(), part.dtype).t()
-    if isinstance(matrix, Int4OpaqueTensor):
-        part = cut(matrix, 0, start, stop)
-        return traceable_dequantize(part.packed(), part.dtype)
-    return matrix[start:stop]
+    return all(same(expanded(a, *piece), expanded(b, *piece)) for piece in pieces(a.shape))
 
 
 def _shape_or_none(t: Int4OpaqueTensor, name: str) -> list[int] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.table import implements, implements_function
+from torchao_int4cpu.format.checks import check_dense_memory
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.experts import (
     traceable_bmm,
@@ -69,6 +70,8 @@ def handle_matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) ->
 @implements_function(Tensor.__matmul__)
 def handle_matmul_operator(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``: as `handle_matmul`, but Python hides what a TypeError of an operator says."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return NotImplemented  # Python's way to ask the other side
     try:
         return _matmul(a, b)
     except TypeError as error:
@@ -240,6 +243,7 @@ def _scaled_to(y: Tensor, weight: Int4OpaqueTensor, dtype: torch.dtype) -> Tenso
 
 
 def _check_operand(name: str, x: Tensor, weight: Int4OpaqueTensor) -> None:
+    check_dense_memory(name, x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} got a {x.dtype} tensor beside a 4-bit weight; "

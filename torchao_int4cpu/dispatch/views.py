@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from torchao_int4cpu.dispatch.cuts import view_of
 from torchao_int4cpu.dispatch.indexing import handle_select
 from torchao_int4cpu.dispatch.table import implements, on_weight
 from torchao_int4cpu.dispatch.transposition import aliased, dim_of, transposed
+from torchao_int4cpu.kernels.ops.register import is_transformed
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4Weight, weight_of
 
@@ -111,8 +113,12 @@ def handle_squeeze(t: Int4Weight, dim: int | Sequence[int] | None = None) -> Int
 
 
 @implements(aten.expand.default)
-def handle_expand(t: Int4Weight, size: Sequence[int], *, implicit: bool = False) -> Int4Weight:
-    """``expand`` to the same shape, or of one matrix to a stack of it, as `torch.matmul` does."""
+def handle_expand(t: Int4Weight, size: Sequence[int], *, implicit: bool = False) -> Tensor:
+    """``expand`` to the same shape, or of one matrix to a stack of it, as `torch.matmul` does.
+
+    A derivative of a derivative may have more dimensions than a stack has. Then it is what `dequantize`
+    gives that is expanded: torch's rules for batches multiply no other way.
+    """
     shape, wanted = list(t.shape), list(size)
     filled = [old if new == -1 else new for old, new in zip(shape[::-1], wanted[::-1])][::-1]
     if len(wanted) == t.ndim and filled == shape:
@@ -121,6 +127,8 @@ def handle_expand(t: Int4Weight, size: Sequence[int], *, implicit: bool = False)
     if len(wanted) == 3 and filled[-2:] == shape[-2:] and stack.shape[0] == 1 and wanted[0] >= 1:
         expanded: Int4Weight = on_weight(stack, lambda weight: _expanded(weight, wanted[0]))
         return expanded
+    if is_transformed():
+        return t.dense().expand(wanted)
     raise ValueError(
         f"cannot expand a 4-bit weight of shape {shape} to {wanted}; only one matrix can become a "
         "stack of it, so multiply with torch.matmul, which broadcasts, or call .dequantize()"

@@ -182,6 +182,24 @@ def check_activation(x: Tensor, *sizes: int | None) -> None:
         )
 
 
+def check_dense_memory(name: str, x: Tensor) -> None:
+    """Check that the numbers of an activation lie in memory one by one.
+
+    Raises:
+        TypeError: it is a sparse, oneDNN or nested tensor.
+    """
+    if x.is_nested and x.layout is torch.strided:
+        raise TypeError(
+            f"{name} got a nested activation of layout torch.strided beside a 4-bit weight; only one "
+            "of layout torch.jagged can be multiplied, so make it with that"
+        )
+    if x.layout not in (torch.strided, torch.jagged):
+        raise TypeError(
+            f"{name} got an activation of layout {x.layout} beside a 4-bit weight; only dense ones are "
+            "multiplied, so call .to_dense() on it"
+        )
+
+
 def _fits(size: int, wanted: int | None) -> bool:
     return wanted is None or size == wanted
 

@@ -98,7 +98,7 @@ _RUNNABLE = _runnable_kernels(LIBRARY, torch.backends.cpu.get_cpu_capability())
 _selection = "auto"
 #: By layout: the native kernel that multiplies now, as its name and as the call.
 _native_kernels: dict[str, str] = {}
-_native_products: dict[str, Callable[[Tensor, PackedInt4], Tensor]] = {}
+_native_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor]] = {}
 
 
 class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as a function
@@ -186,24 +186,24 @@ def operations_at_best(rounds: int) -> int:
     return LIBRARY.spin(kernel, rounds)
 
 
-def int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
+def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """Multiply, with the kernel that is fastest for this shape.
 
     Args:
         x: ``[M, K]``, bfloat16, float16 or float32, M >= 0.
         weight: ``[N, K]`` packed.
+        bias: ``[N]`` contiguous, in one of these dtypes; added to the rounded product.
 
     Returns:
         ``[M, N]`` contiguous, in the dtype of ``x``.
     """
     native = _native_products.get(weight.layout.name)
     if native is not None:
-        return native(x, weight)
+        return native(x, weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.n)
-    if choose_kernel(x.shape[0], weight) == "decode":
-        return decode(x, weight)
-    return prefill(x, weight)
+    y = (decode if choose_kernel(x.shape[0], weight) == "decode" else prefill)(x, weight)
+    return y if bias is None else y.add_(bias)
 
 
 def choose_kernel(m: int, weight: PackedInt4) -> str:

@@ -34,10 +34,10 @@ KERNELS_OF_CAPABILITY = {"AVX512": KERNELS, "AVX2": ("avx2",)}
 
 _INDEX = {name: i for i, name in enumerate(KERNELS)}
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_NO_MEMORY = -2
+_NO_MEMORY, _FREED = -2, -4
 
 #: ``struct Call`` of csrc/driver.cpp.
-_pack_call = struct.Struct("4i9q").pack
+_pack_call = struct.Struct("6i10q").pack
 
 
 class Unavailable(Exception):
@@ -133,33 +133,38 @@ class NativeLibrary:
         operations: int = self._library.int4cpu_spin(_INDEX[kernel], torch.get_num_threads(), rounds)
         return operations
 
-    def mm(self, kernel: str, x: Tensor, weight: PackedInt4) -> Tensor:
-        """``x · Wᵀ`` with one of `kernels`. ``x`` ``[M, K]``, M >= 0; ``[M, N]`` in its dtype.
+    def mm(self, kernel: str, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+        """``x · Wᵀ + bias`` with one of `kernels`. ``x`` ``[M, K]``, M >= 0; ``[M, N]`` in its dtype.
 
         Codes are multiplied exactly and summed in float32; scale and zero meet the sums of a group.
-        The bfloat16 kernels round x to bfloat16, the others take it as it is.
+        The bfloat16 kernels round x to bfloat16, the others take it as it is. The product is rounded to
+        the dtype of x before ``bias``, ``[N]`` contiguous in one of the three dtypes, is added.
 
         Raises:
+            ValueError: the memory of the weight was freed.
             MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows).
         """
         if _in_forked_child:
             _warn_forked()
         qdata, scale_and_zero, group_size, _, n, k = weight
         m = x.shape[0]
-        if x.is_neg() or x._is_zerotensor():  # its numbers are not what lies in its memory, if any does
+        address = x.data_ptr()
+        if x.is_neg() or address == 0:  # its numbers are not what lies in its memory, if any does
             x = torch.empty(x.shape, dtype=x.dtype).copy_(x)
-        if x.is_contiguous():
-            x_stride = k
-        else:
+            address = x.data_ptr()
+        x_stride = k
+        if not x.is_contiguous():
             x = x if x.stride(1) == 1 else x.contiguous()
-            x_stride = x.stride(0)
+            address, x_stride = x.data_ptr(), x.stride(0)
         y = x.new_empty(m, n)
         call = _pack_call(
             _INDEX[kernel],
             _DTYPE_CODES[x.dtype],
             group_size,
             torch.get_num_threads(),
-            x.data_ptr(),
+            0 if bias is None else _DTYPE_CODES[bias.dtype],
+            0,
+            address,
             x_stride,
             qdata.data_ptr(),
             scale_and_zero.data_ptr(),
@@ -168,14 +173,21 @@ class NativeLibrary:
             m,
             n,
             k,
+            0 if bias is None else bias.data_ptr(),
         )
         not_finite: int = self._mm(call)
         if not_finite:
             if not_finite == _NO_MEMORY:
                 raise MemoryError(f"no memory to pack an activation of shape {[m, k]}")
+            if not_finite == _FREED:
+                raise ValueError(
+                    "got a 4-bit weight whose memory was freed (resize_(0) of the storage of a part); "
+                    "load or quantize it again"
+                )
             assert not_finite > 0, f"int4cpu_mm({kernel}) returned {not_finite}"
             rows = ~x.isfinite().all(dim=1)
-            y[rows] = prefill(x[rows], weight)  # the dense product: NaN and infinity stay in their row
+            dense = prefill(x[rows], weight)  # NaN and infinity stay in their row
+            y[rows] = dense if bias is None else dense.add_(bias)
         return y
 
 

@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.flop_counter import register_flop_formula
 
 from torchao_int4cpu.format.checks import check_activation
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout, pack
@@ -36,7 +39,12 @@ def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     if not wants_grad and is_eager(x):
         return int4_mm(x, weight)
     m = x.shape[0]
-    if not wants_grad and statically_known_true(m > 0) and _certainly_decode(m, weight):
+    if (
+        not wants_grad
+        and torch.compiler.is_compiling()  # else it is a mode that watches, and can count our op
+        and statically_known_true(m > 0)
+        and _certainly_decode(m, weight)
+    ):
         if torch.compiler.is_exporting():
             _assert_layout(weight.layout)
         return decode(x, weight)
@@ -104,22 +112,43 @@ traceable_int4_mm_transposed = define_product(
 )
 
 
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qdata, scale_and_zero, group_size, layout, _ = inputs
     ctx.save_for_backward(qdata, scale_and_zero)
     ctx.constants = (group_size, layout, x.shape[1])
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    qdata, scale_and_zero = ctx.saved_tensors
-    group_size, layout, k = ctx.constants
-    grad_x = torch.ops.torchao_int4cpu.int4_mm_grad(grad, qdata, scale_and_zero, group_size, layout, k)
-    return grad_x, None, None, None, None, None
+def _gradient_by(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Both products are linear in their activation, so each is the gradient of the other."""
+
+    def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        op = getattr(torch.ops.torchao_int4cpu, name)
+        return op(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None, None
+
+    return gradient
 
 
-torch.library.register_autograd(
-    "torchao_int4cpu::int4_mm_differentiable",
-    _gradient,
-    setup_context=_save_for_gradient,
-    lib=LIBRARY,
-)
+for _name, _other in (
+    ("int4_mm_differentiable", "int4_mm_grad"),
+    ("int4_mm_grad", "int4_mm_differentiable"),
+):
+    torch.library.register_autograd(
+        f"torchao_int4cpu::{_name}", _gradient_by(_other), setup_context=_save_weight, lib=LIBRARY
+    )
+
+
+def _count_operations(
+    x: Sequence[int],
+    qdata: object,
+    scale_and_zero: object,
+    group: int,
+    layout: str,
+    columns: int,
+    **_: Any,
+) -> int:
+    """For `torch.utils.flop_counter`: a multiplication and an addition for each pair of numbers."""
+    return 2 * math.prod(x) * columns
+
+
+for _name in ("int4_mm", "int4_mm_differentiable", "int4_mm_grad"):
+    register_flop_formula(getattr(torch.ops.torchao_int4cpu, _name))(_count_operations)

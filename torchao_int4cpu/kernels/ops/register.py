@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchao_int4cpu.format.checks import check_activation, check_one_device, check_packed
 from torchao_int4cpu.format.layout import layout_named
@@ -24,12 +25,37 @@ LIBRARY = torch.library.Library("torchao_int4cpu", "DEF")
 def is_eager(*tensors: Tensor) -> bool:
     """Whether a call with these arguments is a plain eager one on CPU tensors, which needs no op.
 
-    Not while a mode watches or traces ops: it must see ours.
+    Not while something watches or transforms what torch does, and so must see an op: a tracer, a mode,
+    a transform of `torch.func`, a level of forward-mode differentiation. And not for a tensor whose
+    numbers do not lie in its memory.
     """
-    for tensor in tensors:
-        if type(tensor) is not Tensor or not tensor.is_cpu:
-            return False
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not is_watched() and all(map(is_plain, tensors))
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a tracer, a mode or a transform sees what torch is called with."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._len_torch_function_stack() != 0
+        or torch._C._get_tracing_state() is not None
+        or is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is going on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie in the memory of the CPU, and it has no behaviour of its own."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
 
 
 def define(name: str, schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:

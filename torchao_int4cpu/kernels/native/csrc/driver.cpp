@@ -20,7 +20,7 @@ using int4cpu::Kernel;
 using int4cpu::Problem;
 using int4cpu::Task;
 
-enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3 };
+enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3, kFreed = -4 };
 
 const Kernel* const kKernels[] = {&int4cpu::kAvx2, &int4cpu::kAvx512, &int4cpu::kAvx512Bf16,
                                   &int4cpu::kAmx};
@@ -232,6 +232,9 @@ char* carve(char*& from, int64_t bytes) {
 // Packed rows of x take at most about this, so that memory does not grow with the activation.
 constexpr int64_t kPackedBytes = INT64_C(16) << 20;
 
+// A product that needs no more is not to wait for an allocation: one row of K = 8192 in bfloat16.
+constexpr int64_t kStackBytes = 32768;
+
 // Multiplies; returns the number of rows that are not finite, or an Error.
 int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   p.packed_rows = divide_up(p.m, kernel.row_multiple) * kernel.row_multiple;
@@ -250,9 +253,12 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   const int64_t finished_bytes = in_parts ? wholes * 4 : 0;
   const int64_t bytes =
       packed_bytes + sums_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
+  alignas(64) char small[kStackBytes];
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) return kNoMemory;
-  char* left = static_cast<char*>(memory);
+  if (bytes > kStackBytes && posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) {
+    return kNoMemory;
+  }
+  char* left = memory == nullptr ? small : static_cast<char*>(memory);
   p.packed_x = carve(left, packed_bytes);
   p.sums = reinterpret_cast<float*>(carve(left, sums_bytes));
   p.row_factor = reinterpret_cast<float*>(carve(left, p.packed_rows * 4));
@@ -340,12 +346,12 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
   return threads * rounds * spin.kernel->spin(0);
 }
 
-// A product: y = x · Wᵀ. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n] contiguous,
-// both in `dtype` (0 bfloat16, 1 float16, 2 float32). `qparams_stride` pairs lie from one group to the
-// next; of a single group it says nothing. One block of memory, because ctypes takes longer to convert
-// 13 arguments than a small product takes.
+// A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
+// contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
+// `bias_dtype`. `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
+// One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
 struct Call {
-  int32_t kernel, dtype, group_size, threads;
+  int32_t kernel, dtype, group_size, threads, bias_dtype, unused;
   const void* x;
   int64_t x_stride;
   const void* qdata;
@@ -353,6 +359,7 @@ struct Call {
   int64_t qparams_stride;
   void* y;
   int64_t m, n, k;
+  const void* bias;
 };
 
 // Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
@@ -365,14 +372,20 @@ EXPORT int64_t int4cpu_mm(const Call* call) {
   }
   const bool group_fits =
       group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
-  if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || !group_fits) return kBadArguments;
+  if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || call->bias_dtype < 0 ||
+      call->bias_dtype > 2 || !group_fits) {
+    return kBadArguments;
+  }
   if (m == 0) return 0;
+  if (call->qdata == nullptr || call->scale_and_zero == nullptr) return kFreed;
   const Kernel& chosen = *kKernels[kernel];
   Problem p = {};
   p.x_stride = call->x_stride;
   p.dtype = dtype;
   p.n = n;
   p.k = k;
+  p.bias = call->bias;
+  p.bias_dtype = call->bias_dtype;
   p.qdata = static_cast<const uint8_t*>(call->qdata);
   p.scale_and_zero = static_cast<const uint32_t*>(call->scale_and_zero);
   cut_weight(chosen, n, k, group_size, p);

@@ -229,6 +229,13 @@ struct Gemm {
   static void store(const Problem& p, const Task& t, const float* totals) {
     const Block block = block_at(p, t.block);
     const int64_t left = p.n - block.first_row;  // rows of W that are no padding
+    const int count = static_cast<int>(left < block.rows ? left : block.rows);
+    alignas(64) float bias_floats[kBlock];
+    const float* bias = nullptr;
+    if (p.bias != nullptr) {
+      load_bias(p, block, count, bias_floats);
+      bias = bias_floats;
+    }
     for (int64_t row = t.row; row < t.row_end; ++row, totals += kBlock) {
       const Vec back = Isa::splat(1.0F / p.row_factor[row]);
       alignas(64) float y[kBlock];
@@ -245,7 +252,7 @@ struct Gemm {
           }
         }
       }
-      const int count = static_cast<int>(left < block.rows ? left : block.rows);
+      if (bias != nullptr) add_bias(p.dtype, bias, y);
       const int64_t at = row * p.n + block.first_row;
       switch (p.dtype) {
         case int4cpu::kFloat32:
@@ -265,6 +272,40 @@ struct Gemm {
     alignas(64) uint16_t rounded[kBlock];
     for (int v = 0; v < kBlock; v += kLanes) Round(y + v, rounded + v);
     memcpy(to, rounded, sizeof(uint16_t) * count);
+  }
+
+  // The bias of the rows of a block, zero beyond `count`.
+  static void load_bias(const Problem& p, const Block& block, int count, float* to) {
+    const int64_t itemsize = size_of(p.bias_dtype);
+    alignas(64) char from[kBlock * 4] = {};
+    memcpy(from, static_cast<const char*>(p.bias) + block.first_row * itemsize, count * itemsize);
+    for (int v = 0; v < kBlock; v += kLanes) {
+      Isa::store(to + v, load_as_float32(p.bias_dtype, from + v * itemsize));
+    }
+  }
+
+  // The product is rounded before the bias is added, as if that were an op of its own.
+  static void add_bias(int32_t dtype, const float* bias, float* y) {
+    alignas(64) uint16_t rounded[kLanes];
+    for (int v = 0; v < kBlock; v += kLanes) {
+      Vec product = Isa::load(y + v);
+      if (dtype == int4cpu::kFloat16) {
+        Isa::to_float16(y + v, rounded);
+        product = Isa::from_float16(rounded);
+      } else if (dtype == int4cpu::kBFloat16) {
+        Isa::to_bfloat16(y + v, rounded);
+        product = Isa::from_bfloat16(rounded);
+      }
+      Isa::store(y + v, Isa::add(product, Isa::load(bias + v)));
+    }
+  }
+
+  static int64_t size_of(int32_t dtype) { return dtype == int4cpu::kFloat32 ? 4 : 2; }
+
+  static Vec load_as_float32(int32_t dtype, const void* from) {
+    return dtype == int4cpu::kFloat32   ? Isa::load(static_cast<const float*>(from))
+           : dtype == int4cpu::kFloat16 ? Isa::from_float16(from)
+                                        : Isa::from_bfloat16(from);
   }
 
   static int64_t spin(int64_t rounds) {
@@ -294,7 +335,7 @@ struct Gemm {
     const Vec by = Isa::splat(factor);
     Vec largest = Isa::splat(0.0F);
     const char* x = static_cast<const char*>(p.x);
-    const int64_t itemsize = p.dtype == int4cpu::kFloat32 ? 4 : 2;
+    const int64_t itemsize = size_of(p.dtype);
     x += row * p.x_stride * itemsize;
     for (int64_t s = 0; s < p.steps; ++s) {
       Element* to = const_cast<Element*>(packed_row(p, s, row));
@@ -308,9 +349,7 @@ struct Gemm {
           if (left > 0) memcpy(tail, from, left * itemsize);
           from = tail;
         }
-        Vec value = p.dtype == int4cpu::kFloat32   ? Isa::load(reinterpret_cast<const float*>(from))
-                    : p.dtype == int4cpu::kFloat16 ? Isa::from_float16(from)
-                                                   : Isa::from_bfloat16(from);
+        Vec value = load_as_float32(p.dtype, from);
         largest = Isa::larger_magnitude(largest, value);
         value = Isa::pack(Isa::multiply(value, by), to + k);
         sum = Isa::add(sum, value);

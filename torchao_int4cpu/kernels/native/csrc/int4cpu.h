@@ -20,6 +20,10 @@ struct Problem {
   int32_t dtype;
   int64_t m, n, k;
 
+  // [n] in `bias_dtype`, added to the rounded results; or null.
+  const void* bias;
+  int32_t bias_dtype;
+
   // Packed weight: uint8 [padded_n, padded_k / 2] and pairs of bfloat16, the scale in the low half of
   // each 32 bits and the zero in the high half: [padded_k / group_size, padded_n], groups
   // `qparams_stride` pairs apart (more than padded_n if these are some rows of a larger weight).
