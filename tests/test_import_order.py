@@ -57,9 +57,15 @@ MODULES = {
     "distributed": ["collectives", "fsdp", "quantize_shards"],
     "checkpoint": ["pickles", "safetensors", "inspect"],
     "importers": ["torchao"],
-    "quantize": ["run", "parameter", "config"],
+    "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
     "convert": ["plan", "directory"],
-    "integrations": ["on_import", "transformers", "vllm"],
+    "integrations": [
+        "on_import",
+        "transformers",
+        "transformers_conv1d",
+        "transformers_report",
+        "vllm",
+    ],
     "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
     "commands": [
         "options",

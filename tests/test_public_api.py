@@ -17,6 +17,7 @@ def test_public_names() -> None:
         "Int4TransposedTensor",
         "Int4WeightOnlyConfig",
         "__version__",
+        "filter_fn",
         "get_kernel",
         "load_prototype",
         "load_torchao_checkpoint",
