@@ -113,7 +113,7 @@ class Report:
         share = _Share()
         seen = set()
         # The output projection of an attention goes by the attention's class: it is chosen with it.
-        owners = {id(part): m for m in model.modules() for _, part, _ in weights_of(m, "weight")}
+        owners = {id(part): m for m in model.modules() for at, part, _ in weights_of(m, "weight") if at}
         for fqn, module in model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
                 if id(weight) in seen or not _is_matrix(weight):
