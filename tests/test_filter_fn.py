@@ -195,6 +195,63 @@ def test_a_whole_transformer(mode: str) -> None:
         assert_like_the_twin(model, compute)
 
 
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_attention(grad: bool) -> None:
+    attention = quantized(nn.MultiheadAttention(E, HEADS, batch_first=True)).eval()
+    compiled: Any = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    x = batch(2, 7)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(x, x, x)[0], attention(x, x, x)[0])
+        assert torch.equal(compiled(x, x + 1, x)[0], attention(x, x + 1, x)[0])
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("choose", [None, filter_fn])
+def test_a_compiled_encoder(choose: Any) -> None:
+    """torch.compile finds no tensor subclasses in the arguments, and would take torch's own op."""
+    model = encoder().eval()
+    if choose is None:  # by default its linear layers only: half of the numbers
+        quantize_(model, CONFIG)
+    else:
+        quantized(model, choose)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = batch(2, 7)
+    with torch.no_grad():
+        # In eager mode attention that is dense takes torch's own op, which adds in another order.
+        assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-5 if choose is None else 0)
+        assert_like_the_twin(model, lambda module, dtype: module(x.to(dtype)).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("kind", ["attention", "encoder", "gpt2"])
+def test_compiled_by_inductor_and_exported(kind: str) -> None:
+    x = batch(2, 7)
+    builds: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...]]] = {
+        "attention": (lambda: nn.MultiheadAttention(E, HEADS, batch_first=True), (x, x, x)),
+        "encoder": (encoder, (x,)),
+        "gpt2": (gpt2, (IDS,)),
+    }
+    build, inputs = builds[kind]
+    model = quantized(build(), not_the_head).eval()
+
+    def compute(module: Any) -> Tensor:
+        with torch.no_grad():
+            y: Any = module(*inputs)
+        result: Tensor = y.logits if kind == "gpt2" else y[0] if kind == "attention" else y
+        return result
+
+    expected = compute(model)
+    # Fused sums of float32 in another order: far below the roundings of the products to bfloat16.
+    near = 1e-4 * float(expected.abs().max())
+    assert torch.allclose(compute(torch.compile(model, fullgraph=True)), expected, rtol=0, atol=near)
+    if kind != "gpt2":
+        with torch.no_grad():
+            program = torch.export.export(model, inputs).module()
+        assert torch.allclose(compute(program), expected, rtol=0, atol=near)
+
+
 # --- transformers' Conv1D -------------------------------------------------------------------------
 
 

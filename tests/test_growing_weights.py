@@ -137,7 +137,7 @@ def test_what_a_checkpoint_has_decided_is_not_asked_again() -> None:
 
 def test_awq_gets_what_it_asks_for() -> None:
     """It hands over a stand-in for each layer, and fails if that comes back as it was."""
-    model: Any = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4))
+    model: Any = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
     base = Int4WeightOnlyConfig(group_size=32)
     quantize_(model, AWQConfig(base, step="prepare"))
     model(torch.randn(4, 8))

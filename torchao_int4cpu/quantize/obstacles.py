@@ -12,6 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.format.packed import packed_bytes
+from torchao_int4cpu.quantize import report
 from torchao_int4cpu.quantize.filters import OTHER_MEANING, is_input_first
 from torchao_int4cpu.quantize.run import Run
 from torchao_int4cpu.tensor.transposed import Int4Weight, weight_of
@@ -57,7 +58,8 @@ def of_the_weight(module: nn.Module, parameter_name: str, weight: Tensor) -> str
 def of_size(module: nn.Module, weight: Tensor, group_size: int) -> str | None:
     """Why a weight is better left: padding makes it larger. Of a DTensor the whole weight counts."""
     shape = list(weight.shape)
-    if len(shape) not in (2, 3) or not math.prod(shape) or weight.dtype not in FLOAT_DTYPES:
+    unfit = len(shape) not in (2, 3) or not math.prod(shape) or weight.dtype not in FLOAT_DTYPES
+    if unfit or report.is_4_bit(weight):  # also as the piece of a DTensor
         return None
     stored = [*shape[:-2], shape[-1], shape[-2]] if is_input_first(module, weight) else shape
     before, after = math.prod(shape) * weight.dtype.itemsize, packed_bytes(stored, group_size)

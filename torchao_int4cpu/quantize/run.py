@@ -106,7 +106,7 @@ class Run:
         model = self.model
         if not self.report.is_ours or model is None:
             return
-        _forgo_nested_tensors(model)
+        _forgo_fast_paths(model)
         if not self._is_part and not is_allocating():
             self.report.tell(model, self.chosen)
 
@@ -141,14 +141,21 @@ class Run:
         return {} if self.model is None else shared_parameters(self.model)
 
 
-def _forgo_nested_tensors(model: nn.Module) -> None:
-    """Keep encoders from handing nested tensors to 4-bit layers, which have no products with these.
+def _forgo_fast_paths(model: nn.Module) -> None:
+    """Keep torch's transformers from ops of their own, which have no products with 4-bit weights.
 
-    An encoder decides that by its first layer, which may be one that was not chosen.
+    They look for tensor subclasses themselves, but not everywhere: an encoder hands nested tensors to
+    all layers if its first one is plain, which may be one that was not chosen, and a compiled layer
+    finds none. What is set here is read for that decision only.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(map(is_4_bit, module.parameters())):
-            module.use_nested_tensor = False
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(map(is_4_bit, module.parameters())):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[Holder]]:
