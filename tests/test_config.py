@@ -272,6 +272,20 @@ def test_a_module_that_means_something_else_by_its_weight_stays(kind: str) -> No
     assert net[0](*inputs).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_by_name_stays(kind: Any) -> None:
+    """Its weights go into an op of torch that knows no 4-bit ones; those of cells are products."""
+    net: Any = nn.ModuleDict({"layer": kind(64, 64), "cell": nn.GRUCell(64, 64)})
+    x = torch.randn(3, 2, 64)
+    before = net["layer"](x)[0]
+    message = rf"^layer\.weight_ih_l0 is left as it was: {kind.__name__} has no 4-bit implementation"
+    with pytest.warns(UserWarning, match=message):
+        quantize_(net, FqnToConfig({r"re:.*\.weight_.*": Int4WeightOnlyConfig(32)}), filter_fn=None)
+    assert torch.equal(net["layer"](x)[0], before)
+    assert_int4(net["cell"].weight_hh, (192, 64), 32)
+    assert net["cell"](x[0]).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["bias", "gate_up_proj_bias"])
 def test_a_bias_is_left_as_it_was(name: str) -> None:
     """Those of experts are ``[E, N]``, and a pattern for the experts' names finds them, too."""

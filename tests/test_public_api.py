@@ -18,6 +18,7 @@ def test_public_names() -> None:
         "Int4WeightOnlyConfig",
         "SUPPORTED_OPS",
         "__version__",
+        "filter_fn",
         "get_kernel",
         "load_prototype",
         "load_torchao_checkpoint",

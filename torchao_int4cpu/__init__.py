@@ -12,9 +12,17 @@ from torchao_int4cpu.distributed import collectives, fsdp, shared_memory
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import dlpack, torchscript, transformers, vllm
+from torchao_int4cpu.integrations import (
+    dlpack,
+    torchscript,
+    transformers,
+    transformers_conv1d,
+    transformers_report,
+    vllm,
+)
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.quantize.filters import filter_fn
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
 from torchao_int4cpu.tensor.module_repr import ExtraRepr as ExtraRepr  # pickles name it here
 from torchao_int4cpu.version import __version__, warn_of_untested
@@ -26,6 +34,7 @@ __all__ = [
     "Int4TransposedTensor",
     "Int4WeightOnlyConfig",
     "__version__",
+    "filter_fn",
     "get_kernel",
     "load_prototype",
     "load_torchao_checkpoint",
@@ -36,4 +45,4 @@ __all__ = [
 warn_of_untested()
 
 del collectives, dispatch, dlpack, fsdp, pickles, safetensors, shared_memory
-del torchscript, transformers, vllm, warn_of_untested
+del torchscript, transformers, transformers_conv1d, transformers_report, vllm, warn_of_untested

@@ -20,6 +20,8 @@ from torchao.quantization import quantize_
 
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.quantize.report import Report
+from torchao_int4cpu.quantize.run import reported_together
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: Sentences in pairs that mean nearly the same, so that each has a nearest neighbour to keep.
@@ -220,7 +222,8 @@ def _quantized_copy(
         visited += 1
         return True
 
-    quantize_(quantized, config, filter_fn=is_chosen)
+    with reported_together(Report()):  # what is reported here is said by the caller
+        quantize_(quantized, config, filter_fn=is_chosen)
     changed = sum(isinstance(m.weight, Int4OpaqueTensor) for m in chosen)
     return quantized, Layers(changed, len(chosen), before, _weight_bytes(chosen))
 

@@ -21,6 +21,8 @@ from torchao_int4cpu.bench.demo import Progress
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.layout import ROW_MULTIPLE, native_layout
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.quantize.report import Report
+from torchao_int4cpu.quantize.run import reported_together
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: Numbers in one head of attention, and heads of queries that share keys and values: Llama 3's.
@@ -204,7 +206,8 @@ def quantized_copy(original: Any, config: Int4WeightOnlyConfig, progress: Progre
         visited += 1
         return True
 
-    quantize_(quantized, config, filter_fn=is_linear)
+    with reported_together(Report()):  # what is reported here is said by the caller
+        quantize_(quantized, config, filter_fn=is_linear)
     if not any(isinstance(layer.weight, Int4OpaqueTensor) for layer in linear_layers(quantized)):
         raise ValueError(
             f"none of the {total} linear layers of {type(original).__name__} became 4-bit; "

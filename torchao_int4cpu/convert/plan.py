@@ -6,6 +6,7 @@ the same config. It is asked on a model without data. Needs the ``hf`` extra.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torchao.quantization import FqnToConfig
 from torchao_int4cpu.checkpoint.safetensors import Source, read_header
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.format.packed import packed_bytes
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 
@@ -108,7 +110,7 @@ def make_plan(
     included = _included(model, head, embeddings)
     chosen = {name for name in included if not _is_skipped(name, skip)}
     quantization, quantizer = _quantizer(transformers, model, config, skip, chosen)
-    tensors = list(_planned(model, quantizer, sources, dtype, skip, included))
+    tensors = list(_planned(model, quantizer, sources, dtype, skip, included, config.group_size))
     if all(tensor.kept for tensor in tensors):
         raise ValueError(
             f"{str(folder)!r} has no weight to quantize: {type(model).__name__} has no torch.nn.Linear "
@@ -239,6 +241,7 @@ def _planned(
     dtype: torch.dtype,
     skip: Sequence[str],
     included: set[str],
+    group_size: int,
 ) -> Iterator[Planned]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -257,7 +260,7 @@ def _planned(
             name, converter = rename_source_key(key, [], [], **options)
         return name, converter
 
-    def kept(name: str, found: torch.dtype) -> str:
+    def kept(name: str, found: torch.dtype, shape: Sequence[int]) -> str:
         module, _, parameter = name.rpartition(".")
         if parameter != "weight" or not (
             module in included or isinstance(model.get_submodule(module), nn.Linear)
@@ -267,7 +270,10 @@ def _planned(
             return "skipped, as asked for"
         if module not in included or not quantizer.param_needs_quantization(model, name):
             return "kept by transformers, as the output head is"
-        return "" if found in FLOAT_DTYPES else f"its dtype is {found}"
+        if found not in FLOAT_DTYPES:
+            return f"its dtype is {found}"
+        grows = packed_bytes(shape, group_size) > math.prod(shape) * dtype.itemsize
+        return "larger in 4 bits, because of padding" if grows else ""
 
     for source in sources:
         name, converter = rename(source.key)
@@ -277,7 +283,7 @@ def _planned(
         elif name not in held:
             yield Planned(source, source.key, source.dtype, "not in the model")
         else:
-            why = kept(name, source.dtype)
+            why = kept(name, source.dtype, source.shape)
             held_in = held[name].dtype if why else dtype
             if any(re.search(rf"(^|\.){re.escape(module)}($|\.)", name) for module in in_float32):
                 held_in = torch.float32

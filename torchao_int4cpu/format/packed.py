@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.format.groupwise import CODE_OFFSET
-from torchao_int4cpu.format.layout import NibbleLayout, unpack
+from torchao_int4cpu.format.groupwise import CODE_OFFSET, QPARAMS_DTYPE
+from torchao_int4cpu.format.layout import NibbleLayout, padded_shape, unpack
 
 #: `Part.k_unit` of a part that has one entry for each group.
 GROUP = 0
@@ -99,6 +100,15 @@ class PackedInt4(NamedTuple):
             return
         for index in range(self.qdata.shape[0]):
             yield self.expert(index)
+
+
+def packed_bytes(shape: Sequence[int], group_size: int) -> int:
+    """Bytes of codes, scales and zeros of a weight ``[N, K]`` or ``[E, N, K]``, with their padding."""
+    *stack, n, k = shape
+    rows, columns = padded_shape(n, k, group_size)
+    codes = rows * columns // 2
+    scales_and_zeros = columns // group_size * rows * 2 * QPARAMS_DTYPE.itemsize
+    return math.prod(stack) * (codes + scales_and_zeros)
 
 
 def int4_mm_reference(x: Tensor, weight: PackedInt4) -> Tensor:

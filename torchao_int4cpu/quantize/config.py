@@ -19,10 +19,9 @@ from torchao.quantization.utils import recommended_inductor_config_setter
 
 from torchao_int4cpu.algorithms.choose_qparams import algorithm_named
 from torchao_int4cpu.format.groupwise import check_group_size
+from torchao_int4cpu.quantize.filters import weights_of
 from torchao_int4cpu.quantize.parameter import quantize_parameter
-
-#: torchao's name for a packing format that only the code that wrote it understands.
-OPAQUE = "opaque"
+from torchao_int4cpu.quantize.run import OPAQUE, is_chosen_by_itself, visiting_child
 
 
 @dataclass
@@ -97,14 +96,19 @@ def quantize_module(
     *,
     parameter_name: str = "weight",
 ) -> nn.Module:
-    """The `quantize_` handler: see `quantize_parameter`.
+    """The `quantize_` handler: see `quantize_parameter` and `weights_of`.
 
     Raises:
         TypeError, ValueError: the config or the weight breaks a rule.
     """
     check_config(config)
     algorithm = config.int4_choose_qparams_algorithm
-    done = quantize_parameter(module, parameter_name, config.group_size, algorithm)
+    done = False
+    for fqn, child, name in list(weights_of(module, parameter_name)):
+        if fqn and is_chosen_by_itself(child, fqn):
+            continue  # an `FqnToConfig` says something else about it
+        with visiting_child(fqn, child):
+            done |= quantize_parameter(child, name, config.group_size, algorithm)
     if done and config.set_inductor_config:
         recommended_inductor_config_setter()
     return module

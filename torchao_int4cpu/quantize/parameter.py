@@ -1,4 +1,4 @@
-"""Replacing one parameter of a module by its 4-bit form, or leaving it as it was with a warning.
+"""Replacing one parameter of a module by its 4-bit form, or leaving it as it was and saying why.
 
 A parameter that several modules share (a tied embedding and head) becomes one 4-bit parameter that
 they share.
@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchao_int4cpu.distributed.quantize_shards import is_sharded, piece_of, sharded_like
-from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
+from torchao_int4cpu.quantize import obstacles
+from torchao_int4cpu.quantize.filters import is_input_first
+from torchao_int4cpu.quantize.report import left_as_it_was, level_of_caller
 from torchao_int4cpu.quantize.run import (
+    Run,
+    current_run,
     is_allocating,
     left_behind,
     model_to_quantize,
@@ -26,10 +29,7 @@ from torchao_int4cpu.quantize.run import (
 )
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.module_repr import ExtraRepr
-from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
-
-#: Modules of torch whose weight has 2 or 3 dimensions and another meaning than ``[N, K]``.
-_OTHER_MEANING = (_ConvNd, nn.EmbeddingBag, nn.Bilinear)
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
 
 def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, algorithm: str) -> bool:
@@ -37,29 +37,36 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
 
     A parameter ``[N, K]`` becomes an `Int4OpaqueTensor`, and so does a stack ``[E, N, K]``. Where a
     module says ``is_transposed = True``, as transformers' experts do, a stack is ``[E, K, N]`` and
-    becomes an `Int4TransposedTensor`: groups always run along what a product sums over.
+    becomes an `Int4TransposedTensor`: groups always run along what a product sums over. So does a
+    weight ``[K, N]`` of a class that `register_input_first` knows.
 
     Returns:
-        Whether it is 4-bit now. If it cannot be, it is as it was, and a warning names it and says why.
+        Whether it is 4-bit now. If it cannot be, or had better not be, it is as it was; the report of
+        the run names it and says why, and a warning does so outside of a run.
 
     Raises:
         TypeError, ValueError: there is no such parameter, or it breaks a rule (NaN, another device).
             The message names it and what was done before it.
     """
+    run = current_run()
+    if run is not None:
+        run.begin()
+    obstacle = obstacles.of_computed(module, parameter_name)
+    if obstacle is not None:
+        return _leave(module, parameter_name, obstacle)
     weight = getattr(module, parameter_name, None)
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"{name_of(module, parameter_name)} is not a parameter; "
             f"choose modules that have a {parameter_name!r}, for example with filter_fn"
         )
+    if _is_done(weight, group_size):
+        return True  # a module that sits at two places of the model is visited twice
+    obstacle = _obstacle(run, module, parameter_name, weight, group_size)
+    if obstacle is not None:
+        return _leave(module, parameter_name, obstacle)
     if is_sharded(weight):
         return _quantize_shard(module, parameter_name, weight, group_size, algorithm)
-    if _is_4_bit(weight) and _group_size(weight) == group_size:
-        return True  # a module that sits at two places of the model is visited twice
-    obstacle = _obstacle(module, parameter_name, weight)
-    if obstacle is not None:
-        warnings.warn(f"{name_of(module, parameter_name)} is left as it was: {obstacle}", stacklevel=3)
-        return False
     recipe = _Recipe(group_size, str(algorithm), _writes(weight))
     shared = _shared_replacement(weight, recipe)
     if shared is None or weight.is_inference():
@@ -71,10 +78,7 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
         if shared is None or not torch.equal(quantized, shared):
             shared = nn.Parameter(quantized, requires_grad=False)
         _REPLACED[weight] = _Replacement(recipe, weakref.ref(shared), _writes(shared))
-    others = left_behind(module, parameter_name)
-    setattr(module, parameter_name, shared)
-    if others:
-        _warn_untied(name_of(module, parameter_name), others)
+    _replace(module, parameter_name, shared)
     if not isinstance(module.extra_repr, ExtraRepr):
         module.extra_repr = ExtraRepr(module)  # type: ignore[method-assign]
     return True
@@ -84,28 +88,59 @@ def _quantize_shard(
     module: nn.Module, parameter_name: str, weight: Tensor, group_size: int, algorithm: str
 ) -> bool:
     """`quantize_parameter` for a DTensor: each process quantizes its own piece."""
-    name = name_of(module, parameter_name)
     try:
-        k_dim = -2 if _is_input_first(module, weight) else -1
+        k_dim = -2 if is_input_first(module, weight) else -1
         shard = piece_of(model_to_quantize(), weight, group_size, k_dim)
-        if _is_4_bit(shard) and _group_size(shard) == group_size:
+        if _is_done(shard, group_size):
             return True
-        obstacle = _obstacle(module, parameter_name, shard)
+        obstacle = obstacles.of_the_weight(module, parameter_name, shard)
         if obstacle is not None:
-            warnings.warn(f"{name} is left as it was: {obstacle}", stacklevel=4)
-            return False
+            return _leave(module, parameter_name, obstacle)
         quantized = _quantized(module, shard, group_size, algorithm)
     except (TypeError, ValueError) as error:
+        name = name_of(module, parameter_name)
         raise type(error)(f"{name}: {error}. {progress()}") from error
-    others = left_behind(module, parameter_name)
-    setattr(module, parameter_name, nn.Parameter(sharded_like(weight, quantized), requires_grad=False))
-    if others:
-        _warn_untied(name, others)
+    _replace(module, parameter_name, nn.Parameter(sharded_like(weight, quantized), requires_grad=False))
     return True
 
 
-def _is_input_first(module: nn.Module, weight: Tensor) -> bool:
-    return weight.ndim == 3 and getattr(module, "is_transposed", False) is True
+def _is_done(weight: Tensor, group_size: int) -> bool:
+    return obstacles.is_4_bit(weight) and obstacles.group_size_of(weight) == group_size
+
+
+def _obstacle(
+    run: Run | None, module: nn.Module, parameter_name: str, weight: Tensor, group_size: int
+) -> str | None:
+    """Why a weight is left, by what all processes know of it; or None."""
+    stands_in = run is not None and not run.is_visiting(module)
+    alone = run is None or stands_in or not run.fqn
+    obstacle = obstacles.of_no_parameter(module, parameter_name, alone)
+    if obstacle is None and not is_sharded(weight):
+        obstacle = obstacles.of_the_weight(module, parameter_name, weight)
+    # What only had better be left: not where a checkpoint holds it in 4 bits already, nor for AWQ and
+    # SmoothQuant, which hand over another module and need what they ask for.
+    if obstacle is not None or is_allocating() or stands_in:
+        return obstacle
+    if run is not None:
+        obstacle = obstacles.of_training(run, weight)
+    return obstacle or obstacles.of_size(module, weight, group_size)
+
+
+def _leave(module: nn.Module, parameter_name: str, reason: str) -> bool:
+    """Report that a weight is left as it was; False, for "it is not 4-bit now"."""
+    run, name = current_run(), name_of(module, parameter_name)
+    if run is None:
+        warnings.warn(left_as_it_was(name, reason), stacklevel=level_of_caller())
+    else:
+        run.report.leave(name, reason)
+    return False
+
+
+def _replace(module: nn.Module, parameter_name: str, quantized: nn.Parameter) -> None:
+    others = left_behind(module, parameter_name)
+    setattr(module, parameter_name, quantized)
+    if others:
+        _warn_untied(name_of(module, parameter_name), others)
 
 
 def _quantized(module: nn.Module, weight: Tensor, group_size: int, algorithm: str) -> Int4Weight:
@@ -115,45 +150,10 @@ def _quantized(module: nn.Module, weight: Tensor, group_size: int, algorithm: st
         zeros: Int4OpaqueTensor = allocated.new_zeros(allocated.shape)
         return zeros
     block_size = [1] * (weight.ndim - 1) + [group_size]
-    if _is_input_first(module, weight):
+    if is_input_first(module, weight):
         quantized = Int4OpaqueTensor.from_hp(weight.transpose(-2, -1), block_size, algorithm)
         return Int4TransposedTensor(quantized)
     return Int4OpaqueTensor.from_hp(weight, block_size, algorithm)
-
-
-def _obstacle(module: nn.Module, parameter_name: str, weight: Tensor) -> str | None:
-    """Why a weight cannot be quantized at all, or None."""
-    if _is_4_bit(weight):
-        return f"it is 4-bit already, in groups of {_group_size(weight)}"
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"it is a {type(weight).__name__} already"
-    if weight.dtype not in FLOAT_DTYPES:
-        return f"it is {weight.dtype}, and only bfloat16, float16 and float32 can be quantized"
-    if weight.ndim not in (2, 3) or weight.numel() == 0:
-        return (
-            f"its shape is {list(weight.shape)}, and only [N, K] or a stack [E, N, K] can be quantized"
-        )
-    if parameter_name.endswith("bias"):  # those of experts are [E, N], and a pattern finds them, too
-        return "it is a bias by its name, which is added and not multiplied with"
-    if isinstance(module, _OTHER_MEANING):
-        return (
-            f"{type(module).__name__} has no 4-bit implementation, only products with [N, K] and "
-            "embeddings have"
-        )
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return (
-            "an embedding with max_norm rescales its rows as it is used, and a 4-bit weight is frozen"
-        )
-    return None
-
-
-def _is_4_bit(weight: Tensor) -> bool:
-    return isinstance(weight, Int4Weight)
-
-
-def _group_size(weight: Tensor) -> int:
-    assert isinstance(weight, Int4Weight)
-    return weight_of(weight).group_size
 
 
 # --- shared parameters --------------------------------------------------------------------------
@@ -198,5 +198,5 @@ def _warn_untied(name: str, others: list[str]) -> None:
         "tied no longer. Whatever ties them again, as tie_weights() of transformers, drops the 4-bit "
         "one. Choose both for one 4-bit weight, with filter_fn=lambda module, name: isinstance(module, "
         "(torch.nn.Linear, torch.nn.Embedding)), or neither",
-        stacklevel=4,
+        stacklevel=level_of_caller(),
     )
