@@ -59,7 +59,7 @@ MODULES = {
     "importers": ["torchao"],
     "quantize": ["run", "parameter", "config"],
     "convert": ["plan", "directory"],
-    "integrations": ["on_import", "transformers", "vllm"],
+    "integrations": ["on_import", "onnx_nodes", "onnx_program", "onnx", "transformers", "vllm"],
     "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
     "commands": [
         "options",

@@ -11,7 +11,7 @@ from torchao_int4cpu.distributed import collectives, fsdp
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import transformers, vllm
+from torchao_int4cpu.integrations import onnx, transformers, vllm
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
@@ -33,4 +33,4 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm, warn_of_untested
+del collectives, dispatch, fsdp, onnx, pickles, safetensors, transformers, vllm, warn_of_untested
