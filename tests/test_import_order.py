@@ -66,6 +66,9 @@ MODULES = {
     "integrations": [
         "on_import",
         "dlpack",
+        "onnx_nodes",
+        "onnx_program",
+        "onnx",
         "torchscript",
         "transformers",
         "transformers_conv1d",

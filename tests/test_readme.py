@@ -41,7 +41,7 @@ EXPECTED = {
     "experts-and-views": "True Qwen3MoeExperts(\n  gate_up_proj=Int4OpaqueTensor(shape=[8, 1536, 64]",
     "performance": "aten\n",
     "formats": "torch.Size([512, 1000]) torch.Size([512, 16])",
-    "export": "torch.Size([5, 96])",
+    "export": "(7, 96)\n",
 }
 
 
@@ -50,6 +50,9 @@ EXPECTED = {
     ["formats", *(pytest.param(n, marks=pytest.mark.slow) for n in EXPECTED if n != "formats")],
 )
 def test_the_snippets_of_the_reference_run(name: str, tmp_path: Path) -> None:
+    if name == "export":
+        for module in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(module)
     assert EXPECTED[name] in run_snippets(DOCS[name], tmp_path)
 
 

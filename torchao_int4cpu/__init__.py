@@ -14,6 +14,7 @@ from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
 from torchao_int4cpu.integrations import (
     dlpack,
+    onnx,
     torchscript,
     transformers,
     transformers_conv1d,
@@ -44,5 +45,5 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, dlpack, fsdp, pickles, safetensors, shared_memory
+del collectives, dispatch, dlpack, fsdp, onnx, pickles, safetensors, shared_memory
 del torchscript, transformers, transformers_conv1d, transformers_report, vllm, warn_of_untested
