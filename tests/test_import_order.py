@@ -59,7 +59,7 @@ MODULES = {
     "importers": ["torchao"],
     "quantize": ["run", "parameter", "config"],
     "convert": ["plan", "directory"],
-    "integrations": ["on_import", "transformers", "vllm"],
+    "integrations": ["torchao_int4cpu_on_import", "transformers", "vllm"],
     "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
     "commands": [
         "options",

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4Weight
 from torchao_int4cpu.version import warn_of_old_transformers
@@ -29,7 +29,6 @@ QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
 
 def _patch(module: ModuleType) -> None:
     """Wrap two methods of ``TorchAoHfQuantizer``, once."""
-    warn_of_old_transformers(str(sys.modules["transformers"].__version__))
     quantizer = module.TorchAoHfQuantizer
     after_loading = quantizer._process_model_after_weight_loading
     before_saving = quantizer.get_state_dict_and_metadata
@@ -38,7 +37,10 @@ def _patch(module: ModuleType) -> None:
 
     @functools.wraps(after_loading)
     def load(self: Any, model: Any, **kwargs: Any) -> Any:
-        _initialize_buffers(model)
+        if any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
+            # Not when transformers is imported: most who import it have no 4-bit weights.
+            warn_of_old_transformers(str(sys.modules["transformers"].__version__))
+            _initialize_buffers(model)
         return after_loading(self, model, **kwargs)
 
     @functools.wraps(before_saving)
@@ -57,8 +59,6 @@ def _initialize_buffers(model: Any) -> None:
 
     Whole parameters carry transformers' mark themselves, so they are not initialized again.
     """
-    if not any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
-        return
     marked = [module for module in model.modules() if _is_loaded_with_unsaved_buffers(module)]
     for module in marked:
         module._is_hf_initialized = False
