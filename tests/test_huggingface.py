@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +207,11 @@ def test_without_the_import_nothing_is_loaded_silently(tmp_path: Path) -> None:
         (["-m", "tests.children.unflatten_without_us"], "torchao_int4cpu.Int4OpaqueTensor"),
     ):
         done = subprocess.run(
-            [sys.executable, *command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, *command, str(tmp_path / "out")],
+            env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},  # or it is imported unasked
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode != 0
         assert message in done.stderr.splitlines()[-1]
