@@ -59,7 +59,13 @@ MODULES = {
     "importers": ["torchao"],
     "quantize": ["run", "parameter", "config"],
     "convert": ["plan", "directory"],
-    "integrations": ["torchao_int4cpu_on_import", "transformers", "vllm"],
+    "integrations": [
+        "torchao_int4cpu_on_import",
+        "safetensors",
+        "transformers",
+        "transformers_saving",
+        "vllm",
+    ],
     "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
     "commands": [
         "options",

@@ -6,12 +6,13 @@ loadable. The names in ``__all__`` are the public ones.
 
 # These are imported for what they register.
 from torchao_int4cpu import dispatch
-from torchao_int4cpu.checkpoint import pickles, safetensors
+from torchao_int4cpu.checkpoint import pickles
+from torchao_int4cpu.checkpoint import safetensors as safetensors_format
 from torchao_int4cpu.distributed import collectives, fsdp
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import transformers, vllm
+from torchao_int4cpu.integrations import safetensors, transformers, transformers_saving, vllm
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
@@ -33,4 +34,5 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, fsdp, pickles, safetensors, transformers, vllm, warn_of_untested
+del collectives, dispatch, fsdp, pickles, safetensors, safetensors_format, transformers
+del transformers_saving, vllm, warn_of_untested
