@@ -62,6 +62,7 @@ MODULES = {
     "integrations": [
         "torchao_int4cpu_on_import",
         "safetensors",
+        "sizes",
         "transformers",
         "transformers_saving",
         "vllm",

@@ -55,6 +55,12 @@ def test_a_module_that_is_imported_already_is_patched_at_once(library: str) -> N
     assert module.value == 2
 
 
+def test_several_patches_wait_for_one_module(library: str) -> None:
+    when_imported(library, double)
+    when_imported(library, double)
+    assert importlib.import_module(library).value == 4
+
+
 def test_looking_for_a_module_imports_nothing_and_forgets_nothing(library: str) -> None:
     """As transformers looks for torchao, to see whether it is installed."""
     when_imported(library, double)

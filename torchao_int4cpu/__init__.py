@@ -12,7 +12,7 @@ from torchao_int4cpu.distributed import collectives, fsdp
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import safetensors, transformers, transformers_saving, vllm
+from torchao_int4cpu.integrations import safetensors, sizes, transformers, transformers_saving, vllm
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
@@ -34,5 +34,5 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, fsdp, pickles, safetensors, safetensors_format, transformers
+del collectives, dispatch, fsdp, pickles, safetensors, safetensors_format, sizes, transformers
 del transformers_saving, vllm, warn_of_untested

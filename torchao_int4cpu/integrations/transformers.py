@@ -4,8 +4,8 @@
   file holds, as the scale of Gemma's embedding, stays uninitialized memory.
 - It writes a 4-bit weight that an embedding and a head share twice, because it looks for shared memory
   only after torchao has cloned the parts.
-- It sets a bound method at each linear layer that it loads, to show its weight; with that a layer can be
-  neither pickled nor saved whole. `ExtraRepr` stands there instead, as after `quantize_`.
+- It sets a bound method at each linear layer that it loads, to show its weight; with that a layer can
+  be neither pickled nor saved whole. `ExtraRepr` stands there instead, as after `quantize_`.
 
 Models without a 4-bit weight of this package are left to transformers' own code.
 """

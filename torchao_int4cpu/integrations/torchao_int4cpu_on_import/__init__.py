@@ -23,7 +23,7 @@ from typing import Any
 
 Patch = Callable[[ModuleType], object]
 
-_PATCHES: dict[str, Patch] = {}
+_PATCHES: dict[str, list[Patch]] = {}
 
 
 def import_with_torchao() -> None:
@@ -42,7 +42,7 @@ def when_imported(name: str, patch: Patch) -> None:
     """
     module = sys.modules.get(name)
     if module is None:
-        _PATCHES[name] = patch
+        _PATCHES.setdefault(name, []).append(patch)
         if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())
     elif getattr(module.__spec__, "_initializing", False):
@@ -103,8 +103,7 @@ class _PatchingLoader(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader  # what others ask for it gets
         self._loader.exec_module(module)
-        patch = _PATCHES.pop(module.__name__, None)
-        if patch is not None:
+        for patch in _PATCHES.pop(module.__name__, ()):
             _apply(patch, module)
 
 
