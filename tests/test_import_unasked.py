@@ -152,6 +152,13 @@ def test_an_entry_point_without_its_module_is_named_by_torch(site: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_clone_names_no_entry_point_to_whoever_is_started_in_it() -> None:
+    """An installation from it must not leave its metadata at the top, where no module is beside it."""
+    found = importlib.metadata.distributions(path=[str(ROOT)])
+    left = [str(d) for each in found for d in each.entry_points if d.group == GROUP]
+    assert left == [], "remove torchao_int4cpu.egg-info at the top of the clone"
+
+
 @installed
 def test_the_installed_entry_point_is_that_of_the_project() -> None:
     text = (ROOT / "pyproject.toml").read_text()
