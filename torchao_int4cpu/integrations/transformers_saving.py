@@ -43,7 +43,8 @@ def _patch(module: Any) -> None:
 @contextlib.contextmanager
 def _savable(model: Any) -> Iterator[None]:
     """Give a model with 4-bit weights what transformers needs to save it, and take that away again."""
-    if not int4_groups(model):
+    adapters = getattr(model, "_hf_peft_config_loaded", False)  # they are saved without the model
+    if adapters or not int4_groups(model):
         yield
         return
     with contextlib.ExitStack() as undo:
