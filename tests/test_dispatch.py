@@ -270,13 +270,9 @@ def test_module_to_changes_weight_and_bias(dtype: torch.dtype) -> None:
 
 
 def test_float64_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"cannot convert a 4-bit weight to torch\.float64"
-    ):
+    with pytest.raises(TypeError, match=r"cannot convert a 4-bit weight to torch\.float64"):
         weight_of().double()
-    with pytest.raises(
-        TypeError, match=r"cannot convert a 4-bit weight to torch\.float64"
-    ):
+    with pytest.raises(TypeError, match=r"cannot convert a 4-bit weight to torch\.float64"):
         weight_of().to(torch.float64)
 
 

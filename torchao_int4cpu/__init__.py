@@ -5,22 +5,13 @@ loadable. The names in ``__all__`` are the public ones.
 """
 
 # These are imported for what they register.
-from torchao_int4cpu import dispatch
+from torchao_int4cpu import dispatch, integrations
 from torchao_int4cpu.checkpoint import pickles, safetensors
 from torchao_int4cpu.dispatch.entry import SUPPORTED_OPS
 from torchao_int4cpu.distributed import collectives, fsdp, shared_memory
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.integrations import (
-    dlpack,
-    onnx,
-    torchscript,
-    transformers,
-    transformers_conv1d,
-    transformers_report,
-    vllm,
-)
 from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.quantize.filters import filter_fn
@@ -45,5 +36,4 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, dlpack, fsdp, onnx, pickles, safetensors, shared_memory
-del torchscript, transformers, transformers_conv1d, transformers_report, vllm, warn_of_untested
+del collectives, dispatch, fsdp, integrations, pickles, safetensors, shared_memory, warn_of_untested

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from torchao_int4cpu.integrations.on_import import when_imported
 from torchao_int4cpu.integrations.onnx_nodes import (
     BLOCKED_OPSET,
     Nodes,
@@ -26,6 +25,7 @@ from torchao_int4cpu.integrations.onnx_nodes import (
     UnsupportedOnnx,
 )
 from torchao_int4cpu.integrations.onnx_program import METHODS, lower
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.kernels.selection import set_kernel
 from torchao_int4cpu.tensor.transposed import Int4Weight
 

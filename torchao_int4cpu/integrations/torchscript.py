@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from torchao_int4cpu.dispatch.entry import TORCHSCRIPT_MESSAGE
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.tensor.transposed import Int4Weight
 
 

@@ -1,9 +1,11 @@
-"""Two patches of how transformers 5 loads and saves torchao's weights, which 4-bit embeddings need.
+"""Patches of how transformers 5 loads and saves torchao's weights, two of which 4-bit embeddings need.
 
 - It marks a module as initialized as soon as its weight is quantized or read, so that a buffer that no
   file holds, as the scale of Gemma's embedding, stays uninitialized memory.
 - It writes a 4-bit weight that an embedding and a head share twice, because it looks for shared memory
   only after torchao has cloned the parts.
+- It sets a bound method at each linear layer that it loads, to show its weight; with that a layer can
+  be neither pickled nor saved whole. `ExtraRepr` stands there instead, as after `quantize_`.
 
 Models without a 4-bit weight of this package are left to transformers' own code.
 """
@@ -13,13 +15,14 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.module_repr import ExtraRepr
 from torchao_int4cpu.tensor.transposed import Int4Weight
 from torchao_int4cpu.version import warn_of_old_transformers
 
@@ -29,7 +32,6 @@ QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
 
 def _patch(module: ModuleType) -> None:
     """Wrap two methods of ``TorchAoHfQuantizer``, once."""
-    warn_of_old_transformers(str(sys.modules["transformers"].__version__))
     quantizer = module.TorchAoHfQuantizer
     after_loading = quantizer._process_model_after_weight_loading
     before_saving = quantizer.get_state_dict_and_metadata
@@ -38,7 +40,11 @@ def _patch(module: ModuleType) -> None:
 
     @functools.wraps(after_loading)
     def load(self: Any, model: Any, **kwargs: Any) -> Any:
-        _initialize_buffers(model)
+        if any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
+            # Not when transformers is imported: most who import it have no 4-bit weights.
+            warn_of_old_transformers(str(sys.modules["transformers"].__version__))
+            _initialize_buffers(model)
+            _make_picklable(model)
         return after_loading(self, model, **kwargs)
 
     @functools.wraps(before_saving)
@@ -57,13 +63,18 @@ def _initialize_buffers(model: Any) -> None:
 
     Whole parameters carry transformers' mark themselves, so they are not initialized again.
     """
-    if not any(isinstance(parameter, Int4Weight) for parameter in model.parameters()):
-        return
     marked = [module for module in model.modules() if _is_loaded_with_unsaved_buffers(module)]
     for module in marked:
         module._is_hf_initialized = False
     if marked:
         model.initialize_weights()
+
+
+def _make_picklable(model: nn.Module) -> None:
+    for module in model.modules():
+        bound = isinstance(vars(module).get("extra_repr"), MethodType)
+        if bound and any(isinstance(weight, Int4Weight) for weight in module.parameters(recurse=False)):
+            module.extra_repr = ExtraRepr(module)  # type: ignore[method-assign]
 
 
 def _is_loaded_with_unsaved_buffers(module: nn.Module) -> bool:

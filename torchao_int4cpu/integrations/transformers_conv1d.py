@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.quantize.filters import register_input_first
 
 #: Where transformers keeps the class.

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torchao.quantization import FqnToConfig
 
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.quantize.report import Chosen, Report
 from torchao_int4cpu.quantize.run import makes_ours, reported_together
 

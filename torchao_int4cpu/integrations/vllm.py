@@ -11,7 +11,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from torchao_int4cpu.integrations.on_import import when_imported
+from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.quantize.run import uninitialized_weights
 
 MODULE = "vllm.model_executor.layers.quantization.torchao"
