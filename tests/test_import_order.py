@@ -58,7 +58,7 @@ MODULES = {
         "memory",
         "entry",
     ],
-    "distributed": ["collectives", "fsdp", "quantize_shards", "shared_memory"],
+    "distributed": ["collectives", "fsdp", "ddp", "quantize_shards", "shared_memory"],
     "checkpoint": ["pickles", "safetensors", "inspect"],
     "importers": ["torchao"],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],

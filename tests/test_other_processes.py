@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,11 @@ def test_torchscript_is_refused(name: str, without_grad: bool, tmp_path: Path) -
     exported = torch.export.export(model, (X,))  # the cure
     assert torch.equal(exported.module()(X), model(X))
     assert isinstance(model[0].weight, Int4OpaqueTensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("kernel", [pytest.param("auto", marks=pytest.mark.slow), "aten"])
+def test_a_forked_child_computes(kernel: str) -> None:
+    """Bias, activation functions and gradients too, which are torch's own and need no threads then."""
+    done = run_child("forked_model", kernel)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -8,7 +8,7 @@ loadable. The names in ``__all__`` are the public ones.
 from torchao_int4cpu import dispatch, integrations
 from torchao_int4cpu.checkpoint import pickles, safetensors
 from torchao_int4cpu.dispatch.entry import SUPPORTED_OPS
-from torchao_int4cpu.distributed import collectives, fsdp, shared_memory
+from torchao_int4cpu.distributed import collectives, ddp, fsdp, shared_memory
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
@@ -36,4 +36,14 @@ __all__ = [
 
 warn_of_untested()
 
-del collectives, dispatch, fsdp, integrations, pickles, safetensors, shared_memory, warn_of_untested
+del (
+    collectives,
+    ddp,
+    dispatch,
+    fsdp,
+    integrations,
+    pickles,
+    safetensors,
+    shared_memory,
+    warn_of_untested,
+)

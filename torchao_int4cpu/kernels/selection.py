@@ -197,6 +197,8 @@ def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor
     Returns:
         ``[M, N]`` contiguous, in the dtype of ``x``.
     """
+    if _in_forked_child:
+        _leave_the_threads_of_the_parent()
     native = _native_products.get(weight.layout.name)
     if native is not None:
         return native(x, weight, bias)
@@ -204,6 +206,32 @@ def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor
         return x.new_empty(0, weight.n)
     y = (decode if choose_kernel(x.shape[0], weight) == "decode" else prefill)(x, weight)
     return y if bias is None else y.add_(bias)
+
+
+_in_forked_child = False
+
+
+def _after_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+def _leave_the_threads_of_the_parent() -> None:
+    """Set torch to one thread: with more, its next op would wait for threads that are gone."""
+    global _in_forked_child
+    _in_forked_child = False
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "a process made by os.fork has none of the threads of PyTorch's OpenMP runtime, so 4-bit "
+            "products and torch run on one thread here, as by torch.set_num_threads(1); start "
+            "processes with 'spawn' for more",
+            stacklevel=2,
+        )
+
+
+if hasattr(os, "register_at_fork"):  # Windows has none, and no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def choose_kernel(m: int, weight: PackedInt4) -> str:

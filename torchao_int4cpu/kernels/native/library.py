@@ -7,11 +7,9 @@ loaded, as many as `torch.get_num_threads` says.
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import struct
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -144,8 +142,6 @@ class NativeLibrary:
             ValueError: the memory of the weight was freed.
             MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows).
         """
-        if _in_forked_child:
-            _warn_forked()
         qdata, scale_and_zero, group_size, _, n, k = weight
         m = x.shape[0]
         address = x.data_ptr()
@@ -189,30 +185,6 @@ class NativeLibrary:
             dense = prefill(x[rows], weight)  # NaN and infinity stay in their row
             y[rows] = dense if bias is None else dense.add_(bias)
         return y
-
-
-_in_forked_child = False
-
-
-def _after_fork() -> None:
-    global _in_forked_child
-    _in_forked_child = True
-
-
-def _warn_forked() -> None:
-    global _in_forked_child
-    _in_forked_child = False
-    if torch.get_num_threads() > 1:
-        warnings.warn(
-            "a process made by os.fork has none of the threads of PyTorch's OpenMP runtime, so 4-bit "
-            "products run on one thread here; start processes with 'spawn', or call "
-            "torch.set_num_threads(1) in the child if that is meant",
-            stacklevel=2,
-        )
-
-
-if hasattr(os, "register_at_fork"):  # Windows has none, and no fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load() -> NativeLibrary | Unavailable:
