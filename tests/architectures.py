@@ -196,7 +196,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "RwkvForCausalLM",
         "RwkvConfig",
         {"hidden_size": HIDDEN, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "context_length": 64}
-        | {"rescale_every": 0},  # it would divide weights in place
+        | {"rescale_every": 1},  # divides weights in place, by powers of two
     ),
     # encoder-decoders
     "t5": Architecture("T5ForConditionalGeneration", "T5Config", T5, "pairs"),

@@ -94,3 +94,10 @@ def test_a_forked_child_computes(kernel: str) -> None:
     """Bias, activation functions and gradients too, which are torch's own and need no threads then."""
     done = run_child("forked_model", kernel)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_pool_of_sentence_transformers() -> None:
+    pytest.importorskip("sentence_transformers")
+    done = run_child("encode_in_a_pool")
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -95,9 +95,11 @@ def check_weight(w: Tensor) -> None:
             f"weight has shape {list(w.shape)}; only [N, K] with N >= 1 and K >= 1 can be quantized"
         )
     if w.device.type != "cpu":
-        raise ValueError(
-            f"weight is on {w.device}; only CPU weights can be quantized, move it with .to('cpu')"
-        )
+        if w.device.type == "meta":
+            cure = "load its numbers first, with load_state_dict(state_dict, assign=True)"
+        else:
+            cure = "move it with .to('cpu')"
+        raise ValueError(f"weight is on {w.device}; only CPU weights can be quantized, so {cure}")
     low, high = torch.aminmax(w.detach())  # both carry a NaN through, and need no copy of w
     if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
         raise ValueError(

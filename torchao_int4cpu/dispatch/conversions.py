@@ -300,6 +300,11 @@ def _converted(
     """A weight of converted parts, with another logical ``dtype`` or ``device`` if given."""
     device = torch.device(device or t.device)
     _check_device(device)
+    if t.device.type == "meta" and device.type != "meta" and convert is not _empty_like:
+        raise ValueError(
+            f"cannot move a 4-bit weight from meta to {str(device)!r}, as it has no numbers; load them "
+            "with load_state_dict(state_dict, assign=True), or make room with .to_empty(device='cpu')"
+        )
     if dtype not in (None, *FLOAT_DTYPES):
         raise TypeError(
             f"cannot convert a 4-bit weight to {dtype}; its dtype is bfloat16, float16 or float32, so "

@@ -34,8 +34,11 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
                 "quantize_ the model before you load a 4-bit state dict, or load it with "
                 "load_state_dict(..., assign=True)"
             )
-            if name == "target":
-                cure += "; to copy its numbers, copy .dequantize()"
+            if name == "target":  # as resize_token_embeddings of transformers copies into a larger one
+                cure += (
+                    ". To copy its numbers, copy .dequantize(); or make the layer a float one before: "
+                    "layer.weight = torch.nn.Parameter(layer.weight.dequantize())"
+                )
             raise TypeError(
                 f"copy_ got a {name} that is {dtype}{type(side).__name__} and not 4-bit as the other "
                 f"side is; {cure}"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.table import implements
-from torchao_int4cpu.format.checks import check_dense_memory
+from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
 from torchao_int4cpu.kernels.ops.register import LIBRARY, is_plain, is_transformed, is_watched
@@ -160,5 +160,5 @@ def _misfit(input: Tensor, weight: Int4OpaqueTensor) -> Exception:
         )
     return ValueError(
         f"linear got an activation on {input.device} and a 4-bit weight on {weight.device}; "
-        "both must be on 'cpu', so move the activation with .to('cpu')"
+        f"both must be on 'cpu', so {cure_of_devices(weight)}"
     )

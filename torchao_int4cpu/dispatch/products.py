@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.table import implements, implements_function
-from torchao_int4cpu.format.checks import check_dense_memory
+from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.experts import (
     traceable_bmm,
@@ -252,5 +252,5 @@ def _check_operand(name: str, x: Tensor, weight: Int4OpaqueTensor) -> None:
     if x.device != weight.device:
         raise ValueError(
             f"{name} got a tensor on {x.device} and a 4-bit weight on {weight.device}; both must be on "
-            "'cpu', so move the tensor with .to('cpu')"
+            f"'cpu', so {cure_of_devices(weight)}"
         )

@@ -182,6 +182,13 @@ def check_activation(x: Tensor, *sizes: int | None) -> None:
         )
 
 
+def cure_of_devices(weight: Tensor) -> str:
+    """What to do where a weight and an activation are on two devices."""
+    if weight.device.type == "meta":  # a copy of it would have no numbers
+        return "load the numbers of the weight with load_state_dict(state_dict, assign=True)"
+    return "move the activation with .to('cpu')"
+
+
 def check_dense_memory(name: str, x: Tensor) -> None:
     """Check that the numbers of an activation lie in memory one by one.
 
