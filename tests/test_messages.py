@@ -274,7 +274,7 @@ ValueError: matmul got shapes [5, 64] and [32, 64]; they must be [M, K] and [K, 
 ValueError: matmul got shapes [5, 32] and [64, 32]; they must be [M, K] and [K, N], so check whether the 4-bit weight is to be transposed
 ValueError: matmul got two 4-bit weights; one side must be a plain tensor, so call .dequantize() on it
 ValueError: mm got a torch.float64 tensor beside a 4-bit weight; convert it to bfloat16, float16 or float32
-ValueError: mm got a tensor on meta and a 4-bit weight on cpu; both must be on 'cpu', so move the tensor with .to('cpu')
+ValueError: mm got a tensor on meta and a 4-bit weight on cpu; both must be on 'cpu', so move the activation with .to('cpu')
 ValueError: addmm got a bias of shape [5, 1] for a product of shape [1, 64]; it must be one that broadcasts to that, so check its shape
 TypeError: addmm got a 4-bit tensor that is not a side of its product; only one of the sides can be one, so call .dequantize() on the other
 ValueError: matmul got shapes [2, 2, 5, 32] and [3, 32, 64]; they must be [E, M, K] and [E, K, N], so check whether the 4-bit weight is to be transposed

@@ -5,16 +5,16 @@ and JSON in the file's metadata. ``load_model`` puts the weights together again,
 and so does accelerate when it loads a checkpoint into a 4-bit model. ``load_file`` gives the parts,
 which torchao's ``unflatten_tensor_state_dict`` expects of it.
 
-The functions that are wrapped are those that the public ones call, because a program may have imported
-the public ones before this package.
+Where that can be, what the public functions call is wrapped, because a program may have imported the
+public ones before this package.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, 
 
 #: What torchao's metadata calls a dense tensor.
 _DENSE = json.dumps({"_type": "Tensor"})
+
+
+#: The model that ``load_model`` loads, if it does.
+_loading: ContextVar[nn.Module | None] = ContextVar("loading", default=None)
 
 
 class _Flattened(dict[str, Any]):
@@ -71,7 +75,7 @@ def _patch_safetensors(module: Any) -> None:
     """Wrap what ``safetensors.torch`` calls to look at tensors and to write them, once."""
     if hasattr(module._flatten_as_ptr, "torchao_int4cpu"):
         return
-    flatten, load_file = module._flatten_as_ptr, module.load_file
+    flatten, load_file, load_model = module._flatten_as_ptr, module.load_file, module.load_model
     remove_duplicates = module._remove_duplicate_names
 
     @functools.wraps(flatten)
@@ -99,13 +103,21 @@ def _patch_safetensors(module: Any) -> None:
         found.update(_shared_names(dict(_int4(state)), set(kwargs.get("preferred_names") or ())))
         return found
 
+    @functools.wraps(load_model)
+    def load_int4_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        token = _loading.set(model)
+        try:
+            return load_model(model, *args, **kwargs)
+        finally:
+            _loading.reset(token)
+
     @functools.wraps(load_file)
     def load_file_for_a_model(filename: Any, *args: Any, **kwargs: Any) -> Any:
         state = load_file(filename, *args, **kwargs)
-        caller = sys._getframe(1)
-        if caller.f_code is module.load_model.__code__:
+        model = _loading.get()
+        if model is not None:
             state = unflattened(state, filename)
-            _take_in(caller.f_locals["model"], dict(_int4(state)))
+            _take_in(model, dict(_int4(state)))
         return state
 
     flatten_int4.torchao_int4cpu = True  # type: ignore[attr-defined]
@@ -113,7 +125,7 @@ def _patch_safetensors(module: Any) -> None:
     module.serialize = with_metadata(module.serialize)
     module.serialize_file = with_metadata(module.serialize_file)
     module._remove_duplicate_names = duplicates
-    module.load_file = load_file_for_a_model
+    module.load_file, module.load_model = load_file_for_a_model, load_int4_model
 
 
 def _int4(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Int4Weight]]:

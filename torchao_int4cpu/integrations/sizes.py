@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
 from torchao_int4cpu.tensor.transposed import Int4Weight
+
+#: Whether accelerate is adding up sizes.
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
 
 
 def nbytes(t: Int4Weight) -> int:
@@ -37,23 +41,30 @@ def _patch_transformers(module: Any) -> None:
 
 
 def _patch_accelerate(module: Any) -> None:
-    """Have ``compute_module_sizes`` find plain bytes in the place of a 4-bit weight.
-
-    What it calls is wrapped: a program may have imported it before this package.
-    """
-    original = module.named_module_tensors
-    if hasattr(original, "torchao_int4cpu"):
+    """Have ``compute_module_sizes`` find plain bytes in the place of a 4-bit weight."""
+    tensors, sizes = module.named_module_tensors, module.compute_module_sizes
+    if hasattr(tensors, "torchao_int4cpu"):
         return
 
-    @functools.wraps(original)
+    @functools.wraps(tensors)
     def named_module_tensors(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        if sys._getframe(1).f_code is not module.compute_module_sizes.__code__:
-            return found
-        return ((name, _bytes_like(tensor)) for name, tensor in found)
+        found = tensors(*args, **kwargs)
+        return ((name, _bytes_like(tensor)) for name, tensor in found) if _counting.get() else found
+
+    @functools.wraps(sizes)
+    def compute_module_sizes(*args: Any, **kwargs: Any) -> Any:
+        token = _counting.set(True)
+        try:
+            return sizes(*args, **kwargs)
+        finally:
+            _counting.reset(token)
 
     named_module_tensors.torchao_int4cpu = True  # type: ignore[attr-defined]
     module.named_module_tensors = named_module_tensors
+    owners: list[Any] = [module, sys.modules.get("accelerate.utils"), sys.modules.get("accelerate")]
+    for owner in owners:
+        if getattr(owner, "compute_module_sizes", None) is sizes:
+            owner.compute_module_sizes = compute_module_sizes
 
 
 def _bytes_like(tensor: torch.Tensor) -> torch.Tensor:

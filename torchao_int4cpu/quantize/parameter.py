@@ -6,7 +6,6 @@ they share.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchao_int4cpu.distributed.quantize_shards import is_sharded, piece_of, sharded_like
 from torchao_int4cpu.quantize import obstacles
 from torchao_int4cpu.quantize.filters import is_input_first
-from torchao_int4cpu.quantize.report import left_as_it_was, level_of_caller
+from torchao_int4cpu.quantize.report import left_as_it_was, warn_user
 from torchao_int4cpu.quantize.run import (
     Run,
     current_run,
@@ -130,7 +129,7 @@ def _leave(module: nn.Module, parameter_name: str, reason: str) -> bool:
     """Report that a weight is left as it was; False, for "it is not 4-bit now"."""
     run, name = current_run(), name_of(module, parameter_name)
     if run is None:
-        warnings.warn(left_as_it_was(name, reason), stacklevel=level_of_caller())
+        warn_user(left_as_it_was(name, reason), 4)
     else:
         run.report.leave(name, reason)
     return False
@@ -193,10 +192,10 @@ def _writes(weight: Tensor) -> int:
 
 
 def _warn_untied(name: str, others: list[str]) -> None:
-    warnings.warn(
+    warn_user(
         f"{name} and {', '.join(others)} were one parameter, and only {name} is 4-bit now: they are "
         "tied no longer. Whatever ties them again, as tie_weights() of transformers, drops the 4-bit "
         "one. Choose both for one 4-bit weight, with filter_fn=lambda module, name: isinstance(module, "
         "(torch.nn.Linear, torch.nn.Embedding)), or neither",
-        stacklevel=level_of_caller(),
+        4,
     )

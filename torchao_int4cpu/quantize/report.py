@@ -6,15 +6,17 @@ know: a chosen weight was left, nothing is 4-bit, or less than half of a whole m
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import re
 import sys
 import warnings
 from dataclasses import dataclass, field
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
+import torchao
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torchao.utils import TorchAOBaseTensor
@@ -23,6 +25,13 @@ from torchao_int4cpu.quantize.filters import OTHER_MEANING, filter_fn, weights_o
 from torchao_int4cpu.tensor.transposed import Int4Weight
 
 LOGGER = logging.getLogger("torchao_int4cpu")
+
+#: Files below which no line is a user's.
+_NOT_THE_USERS = (
+    str(Path(__file__).parent.parent),
+    str(Path(torchao.__file__).parent),
+    contextlib.__file__,
+)
 
 #: How many names of a group a message has.
 NAMES = 4
@@ -93,7 +102,7 @@ class Report:
         text = ". ".join([*self._left(), *_sentences(share, chosen)])
         LOGGER.info("%s", text)
         if self.left or chosen.is_surprise(share):
-            warnings.warn(text, stacklevel=level_of_caller())
+            warn_user(text, 4)  # `Run.end`, the visit, `quantize_`
 
     def _left(self) -> list[str]:
         """A sentence for each reason, in the order in which they came up."""
@@ -209,12 +218,15 @@ def _percent(part: int, whole: int) -> str:
     return f"{min(max(100 * part / whole, 0.1), 99.9) if 0 < part < whole else 100 * part / whole:.1f}%"
 
 
-def level_of_caller() -> int:
-    """The stack level, for a warning by the calling function, of who called `quantize_`."""
-    level = 1
-    frame: FrameType | None = sys._getframe(1)
-    inside = ("torchao", "torchao_int4cpu", "contextlib")
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        frame = frame.f_back
-        level += 1
-    return level
+def warn_user(text: str, depth: int) -> None:
+    """Warn on the line that called `quantize_`.
+
+    Args:
+        text: of the warning.
+        depth: how many calls that is above the caller, about; for Python before 3.12, which cannot
+            skip files.
+    """
+    if sys.version_info >= (3, 12):
+        warnings.warn(text, stacklevel=2, skip_file_prefixes=_NOT_THE_USERS)
+    else:
+        warnings.warn(text, stacklevel=2 + depth)
