@@ -118,12 +118,9 @@ def test_stacks_and_weights_that_are_input_first() -> None:
 
 
 def test_a_handler_outside_of_a_run_warns_itself() -> None:
-    with pytest.warns(
-        UserWarning, match=r"^weight of Linear\(in_.*\) is left as it was: its shape"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"^weight of Linear\(in_.*\) is left as it was: its shape"):
         module = quantize_module(nn.Linear(4, 4), CONFIG)
     assert type(module.weight) is nn.Parameter
-    assert caught[0].filename == __file__
 
 
 def test_what_a_checkpoint_has_decided_is_not_asked_again() -> None:

@@ -41,6 +41,7 @@ EXPECTED = {
     "experts-and-views": "True Qwen3MoeExperts(\n  gate_up_proj=Int4OpaqueTensor(shape=[8, 1536, 64]",
     "performance": "aten\n",
     "formats": "torch.Size([512, 1000]) torch.Size([512, 16])",
+    "weights": "torch.Size([5, 48, 5, 64])",
     "export": "(7, 96)\n",
 }
 
