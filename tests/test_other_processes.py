@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +102,16 @@ def test_a_pool_of_sentence_transformers() -> None:
     pytest.importorskip("sentence_transformers")
     done = run_child("encode_in_a_pool")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_script_that_gets_a_weight_is_not_saved(tmp_path: Path) -> None:
+    """It computes right, by torch's dispatcher; what it would save are zeros."""
+    script: Any = torch.jit.script(nn.Linear(64, 48))
+    torch.jit.save(script, tmp_path / "dense.pt")
+    weight = quantized(48, 64)
+    script.weight = nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(script(X), nn.functional.linear(X, weight, script.bias))
+    for target in (tmp_path / "4-bit.pt", io.BytesIO()):
+        with pytest.raises(ValueError, match=MESSAGE):
+            torch.jit.save(script, target)
+    assert not (tmp_path / "4-bit.pt").exists()

@@ -8,6 +8,7 @@ parent of a child that died knows of what.
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import itertools
 import json
@@ -174,6 +175,7 @@ def outcome(function: Callable[..., Any], name: str, weight: Tensor, n: int, k: 
 
 
 def main(first: str, step: str) -> None:
+    faulthandler.enable()
     warnings.simplefilter("ignore")
     n, k = 48, 64
     weight = Int4OpaqueTensor.from_hp(torch.randn(n, k), [1, 32])
