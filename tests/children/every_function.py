@@ -37,7 +37,7 @@ CHANCE = (
     ),
     *("normal", "poisson", "rand", "rrelu", "uniform", "empty", "new", "resize"),
     *("_cdata", "data_ptr", "storage", "_version", "__dir__", "__format__", "__hash__", "__repr__"),
-    "__sizeof__",
+    *("__sizeof__", "lowrank"),  # which starts from random numbers
 )
 
 #: These wait or change how torch works, or have tests of their own (pickles).
@@ -177,6 +177,7 @@ def outcome(function: Callable[..., Any], name: str, weight: Tensor, n: int, k: 
 def main(first: str, step: str) -> None:
     faulthandler.enable()
     warnings.simplefilter("ignore")
+    torch.manual_seed(0)
     n, k = 48, 64
     weight = Int4OpaqueTensor.from_hp(torch.randn(n, k), [1, 32])
     found = functions()
