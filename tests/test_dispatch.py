@@ -379,6 +379,33 @@ def test_a_float_weight_takes_no_4_bit_one() -> None:
         nn.Linear(70, 40, bias=False).load_state_dict({"weight": weight_of()})
 
 
+class _Wrapper(Tensor):
+    """A bias without memory of its own, as a DTensor is one."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Any:
+        wrapper = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        wrapper.held = held
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plain = [arg.held if isinstance(arg, _Wrapper) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_bias_without_memory_of_its_own_is_added() -> None:
+    x, weight, bias = torch.randn(3, 70), weight_of(dtype=torch.float32), torch.randn(40)
+    with torch.no_grad():
+        y = F.linear(x, weight, _Wrapper(bias))
+        assert torch.equal(y, F.linear(x, weight, bias))
+        assert not torch.equal(y, F.linear(x, weight))
+
+
 # --- what is not there --------------------------------------------------------------------------
 
 

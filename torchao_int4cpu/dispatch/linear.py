@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchao_int4cpu.dispatch.table import implements
 from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
@@ -90,9 +90,11 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _can_be_added(bias: Tensor, n: int) -> bool:
-    """Whether a kernel can add it to the product."""
+    """Whether a kernel can add it to the product: its numbers lie in its memory, one by one."""
     return (
-        bias.is_contiguous()
+        type(bias) in (Tensor, nn.Parameter)
+        and bias.layout is torch.strided
+        and bias.is_contiguous()
         and bias.is_cpu
         and bias.dtype in FLOAT_DTYPES
         and bias.shape == (n,)
