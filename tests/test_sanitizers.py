@@ -14,7 +14,10 @@ from tests.native_variants import OTHER_LIBRARY
 from tests.processes import ROOT
 from torchao_int4cpu.kernels.native.build import EMULATE_AMX, SANITIZE, BuildError, compile_library
 
-CASES = "bound or exact or special or disturb or finite or infinite or shape or unaligned or once"
+CASES = (
+    "bound or exact or special or disturb or finite or infinite or shape or unaligned or once "
+    "or equals or leaves"
+)
 
 
 def _preload() -> str:
@@ -47,7 +50,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = [f"tests/test_{name}.py" for name in ("native", "native_threads")]
+    tests = [f"tests/test_{name}.py" for name in ("native", "native_threads", "plain_products")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -102,3 +102,20 @@ def test_dynamo_compiles_no_part_of_a_hidden_function() -> None:
         assert torch.equal(y, (x + 1) * factor + 7)
         assert any(parts in code for code in compiled) == (call is visible)
         assert any("+ 7" in code for code in compiled)
+
+
+def test_memory_for_results_without_inductors_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A newer torch may not have it; a default device is not asked, either way."""
+    quick = version.empty_strided()
+    monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    other = version.empty_strided()
+    assert other is not quick
+    with torch.device("meta"):
+        for empty in (quick, other):
+            made = empty((2, 3), (4, 1), torch.float16)
+            assert made.shape == (2, 3)
+            assert made.stride() == (4, 1)
+            assert made.dtype == torch.float16
+            assert made.device.type == "cpu"

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import torch
 
 __version__ = "0.1.0"
 
@@ -73,3 +76,17 @@ def hide_from_dynamo(function: Callable[..., Any]) -> None:
         skip = eval_frame._FrameAction.SKIP
         strategy = eval_frame._FrameExecStrategy(skip, skip)
         eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+def empty_strided() -> Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]:
+    """A function ``(size, stride, dtype)`` that makes an uninitialized tensor on the CPU.
+
+    The one that compiled programs of torch's inductor call takes 0.4 microseconds, `torch.empty` 0.7.
+    """
+    import torch
+    from torch._C import _dynamo
+
+    quick: Any = getattr(_dynamo.guards, "_empty_strided_cpu", None)
+    if quick is not None:
+        return cast("Callable[..., torch.Tensor]", quick)
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cpu")

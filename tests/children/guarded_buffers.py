@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tests.native_variants import Variant, integers
 from torchao_int4cpu.format.packed import int4_mm_reference
+from torchao_int4cpu.kernels.native import library as native_module
 from torchao_int4cpu.kernels.native.library import NativeLibrary
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -48,15 +52,23 @@ def guarded_pairs(pairs: Tensor, apart: int, at_end: bool) -> Tensor:
     return view
 
 
-def main(kernel: str, library: str) -> None:
-    variant = Variant(kernel, NativeLibrary(Path(library)))
+def main(kernel: str, path: str) -> None:
+    at_end = False
+
+    def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return guarded(torch.zeros(size, dtype=dtype), at_end)  # the result of the product, too
+
+    def new_empty(x: Tensor, *shape: int) -> Tensor:
+        return guarded(x.new_zeros(shape), at_end)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # A library asks once for the function, and this process has done so for the one at `path`.
+        copy = Path(shutil.copy(path, folder))
+        native_module.empty_strided = lambda: empty_strided
+        variant = Variant(kernel, NativeLibrary(copy))
     tensor: Any = torch.Tensor
     empty = tensor.new_empty
     for at_end in (False, True):
-
-        def new_empty(x: Tensor, *shape: int, at_end: bool = at_end) -> Tensor:
-            return guarded(x.new_zeros(shape), at_end)
-
         for apart, (n, k, group_size) in itertools.product(
             (0, 2 * 80), [(64, 64, 32), (16, 32, 32), (48, 200, 64), (100, 130, 128), (33, 40, 32)]
         ):

@@ -90,11 +90,11 @@ def handle_function(
     Torch functions are off inside, or each ``weight.shape`` would come back here (8 microseconds in a
     `linear`).
     """
-    kwargs = kwargs or {}
     if func is F.linear:  # the hot path: ahead of the table and its wrappers
-        y = eager_linear(*args, **kwargs)
+        y = eager_linear(*args, **kwargs) if kwargs else eager_linear(*args)
         if y is not None:
             return y
+    kwargs = kwargs or {}
     with torch._C.DisableTorchFunctionSubclass():
         _refuse_torchscript()
         if func is F.linear:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from torchao_int4cpu.dispatch.table import implements
 from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
-from torchao_int4cpu.kernels.ops.register import LIBRARY, is_plain, is_transformed, is_watched
-from torchao_int4cpu.kernels.selection import int4_mm
+from torchao_int4cpu.kernels.ops.register import LIBRARY, is_transformed, is_watched
+from torchao_int4cpu.kernels.selection import plain_int4_mm
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
@@ -69,38 +70,12 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Small layers cost what the way to their kernel costs: a 64 x 64 layer multiplies for 0.2 of 4
     microseconds.
     """
-    if is_watched() or type(weight) is not Int4OpaqueTensor or not is_plain(input):
+    if is_watched() or _is_any_autocast_enabled() or type(weight) is not Int4OpaqueTensor:
         return None
-    packed = weight.packed()
-    shape = input.shape
-    if (
-        weight.act_pre_scale is not None
-        or not packed.qdata.is_cpu
-        or input.dtype not in FLOAT_DTYPES
-        or not shape
-        or shape[-1] != packed.k
-        or (input.requires_grad and torch.is_grad_enabled())
-        or torch.is_autocast_enabled("cpu")
-        or (bias is not None and not _can_be_added(bias, packed.n))
-    ):
+    packed = weight._packed  # None: to be checked first
+    if packed is None or weight.act_pre_scale is not None:
         return None
-    if len(shape) == 2:
-        return int4_mm(input, packed, bias)
-    return int4_mm(input.reshape(-1, packed.k), packed, bias).view(*shape[:-1], packed.n)
-
-
-def _can_be_added(bias: Tensor, n: int) -> bool:
-    """Whether a kernel can add it to the product: its numbers lie in its memory, one by one."""
-    return (
-        type(bias) in (Tensor, nn.Parameter)
-        and bias.layout is torch.strided
-        and bias.is_contiguous()
-        and bias.is_cpu
-        and bias.dtype in FLOAT_DTYPES
-        and bias.shape == (n,)
-        and not (bias.requires_grad and torch.is_grad_enabled())
-        and not bias.is_neg()
-    )
+    return plain_int4_mm(input, packed, bias)
 
 
 def watched_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -96,9 +96,12 @@ def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> 
 
 _RUNNABLE = _runnable_kernels(LIBRARY, torch.backends.cpu.get_cpu_capability())
 _selection = "auto"
-#: By layout: the native kernel that multiplies now, as its name and as the call.
+_in_forked_child = False
+#: By layout: the native kernel that multiplies now, as its name, as the call, and as the call for plain
+#: tensors.
 _native_kernels: dict[str, str] = {}
 _native_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor]] = {}
+_plain_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor | None]] = {}
 
 
 class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as a function
@@ -134,14 +137,15 @@ class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as 
 
 
 def _select(name: str) -> None:
-    global _selection, _native_kernels, _native_products
+    global _selection, _native_kernels, _native_products, _plain_products
     _selection = name
     _native_kernels = {} if name == "aten" else _RUNNABLE
-    _native_products = {}
+    _native_products, _plain_products = {}, {}
     if not isinstance(LIBRARY, Unavailable):
-        _native_products = {
-            layout: functools.partial(LIBRARY.mm, kernel) for layout, kernel in _native_kernels.items()
-        }
+        for layout, kernel in _native_kernels.items():
+            _native_products[layout] = functools.partial(LIBRARY.mm, kernel)
+            if kernel in LIBRARY.plain_products and not _in_forked_child:
+                _plain_products[layout] = LIBRARY.plain_products[kernel]
 
 
 def get_kernel() -> str:
@@ -163,9 +167,14 @@ def native_status() -> str:
     """Whether native kernels can run in this process, and if not or slower than they might, why."""
     if isinstance(LIBRARY, Unavailable) or not _RUNNABLE:
         return str(native_unavailable())
-    if LIBRARY.shares_threads:
-        return "compiled, and right in their self-test"
-    return "compiled, but on one thread: PyTorch's OpenMP runtime was not found in this process"
+    if not LIBRARY.shares_threads:
+        return "compiled, but on one thread: PyTorch's OpenMP runtime was not found in this process"
+    if not LIBRARY.plain_products:
+        return (
+            "compiled without Python's headers, so small layers take longer to call; install those "
+            "(python3-dev, python3-devel), then the package again"
+        )
+    return "compiled, and right in their self-test"
 
 
 def native_kernel(layout: NibbleLayout) -> str | None:
@@ -208,18 +217,27 @@ def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y.add_(bias)
 
 
-_in_forked_child = False
+def plain_int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor | None:
+    """`int4_mm` for ``x`` ``[..., K]`` in one call of C, or None where it needs more than that.
+
+    Anything may be passed as ``x`` and ``bias``: what is not contiguous, wants a gradient or is no
+    plain tensor of the CPU gives None, and so does any call where no native kernel runs.
+    """
+    product = _plain_products.get(weight.layout.name)
+    return None if product is None else product(x, weight, bias)
 
 
 def _after_fork() -> None:
     global _in_forked_child
     _in_forked_child = True
+    _plain_products.clear()
 
 
 def _leave_the_threads_of_the_parent() -> None:
     """Set torch to one thread: with more, its next op would wait for threads that are gone."""
     global _in_forked_child
     _in_forked_child = False
+    _select(_selection)
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(

@@ -10,16 +10,19 @@ import ctypes
 import platform
 import struct
 import sys
+import sysconfig
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchao_int4cpu.format.groupwise import CODE_OFFSET
 from torchao_int4cpu.format.layout import LAYOUTS, pack
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.build import LIBRARY_PATH, source_digest, supported_platform
 from torchao_int4cpu.kernels.portable.prefill import prefill
+from torchao_int4cpu.version import empty_strided
 
 #: In the order of ``kKernels`` in csrc/driver.cpp.
 KERNELS = ("avx2", "avx512", "avx512_bf16", "amx")
@@ -34,7 +37,7 @@ _INDEX = {name: i for i, name in enumerate(KERNELS)}
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_MEMORY, _FREED = -2, -4
 
-#: ``struct Call`` of csrc/driver.cpp.
+#: ``struct Call`` of csrc/int4cpu.h.
 _pack_call = struct.Struct("6i10q").pack
 
 
@@ -50,6 +53,10 @@ class NativeLibrary:
         kernels: those that this CPU and this system can run, and that pass `self_test`.
         failed: those that do not pass it.
         shares_threads: whether it runs on the threads of PyTorch's OpenMP runtime, else on one.
+        plain_products: by kernel, a C function ``(x, weight, bias)`` of x ``[..., K]`` that does what
+            `mm` does in a third of the time, or returns None: where x or the bias wants a gradient,
+            lies in memory in another order or is no plain tensor of the CPU, and where there is an
+            error to raise. Empty if the library was compiled without Python's headers.
 
     Raises:
         Unavailable: it cannot be loaded, or was built from other sources than this package has.
@@ -78,8 +85,34 @@ class NativeLibrary:
         found = library.int4cpu_kernels()
         self.shares_threads = self._share_threads()
         usable = [name for i, name in enumerate(KERNELS) if found >> i & 1]
+        self.plain_products = self._plain_products(usable)
         self.kernels = tuple(name for name in usable if self.self_test(name))
         self.failed = tuple(name for name in usable if name not in self.kernels)
+
+    def _plain_products(self, kernels: Sequence[str]) -> dict[str, Callable[..., Tensor | None]]:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            return {}  # a Python without the limited API that the function was compiled for
+        try:
+            make = ctypes.PyDLL(str(self.path.resolve())).int4cpu_product
+            table = Tensor.__dlpack_c_exchange_api__
+        except AttributeError:
+            return {}
+        make.argtypes = [ctypes.py_object] * 3
+        make.restype = ctypes.py_object
+        # In the order of ``struct Torch`` of csrc/python.cpp.
+        parts = (
+            Tensor,
+            nn.Parameter,
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+            empty_strided(),
+            torch.is_grad_enabled,
+            torch.get_num_threads,
+            _multiply_rows_not_finite,
+        )
+        made = {name: make(_INDEX[name], table, parts) for name in kernels}
+        return {name: function for name, function in made.items() if function is not None}
 
     def _share_threads(self) -> bool:
         """Hand over PyTorch's OpenMP runtime, which torch loads for all to see."""
@@ -142,6 +175,11 @@ class NativeLibrary:
             ValueError: the memory of the weight was freed.
             MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows).
         """
+        plain = self.plain_products.get(kernel)
+        if plain is not None:
+            done = plain(x, weight, bias)
+            if done is not None:
+                return done
         qdata, scale_and_zero, group_size, _, n, k = weight
         m = x.shape[0]
         address = x.data_ptr()
@@ -181,10 +219,16 @@ class NativeLibrary:
                     "load or quantize it again"
                 )
             assert not_finite > 0, f"int4cpu_mm({kernel}) returned {not_finite}"
-            rows = ~x.isfinite().all(dim=1)
-            dense = prefill(x[rows], weight)  # NaN and infinity stay in their row
-            y[rows] = dense if bias is None else dense.add_(bias)
+            _multiply_rows_not_finite(y, x, weight, bias)
         return y
+
+
+def _multiply_rows_not_finite(y: Tensor, x: Tensor, weight: PackedInt4, bias: Tensor | None) -> None:
+    """Fill in the rows of ``y`` that hold a NaN or an infinity in ``x``, each from its own row."""
+    x, y = x.reshape(-1, weight.k), y.view(-1, weight.n)
+    rows = ~x.isfinite().all(dim=1)
+    dense = prefill(x[rows], weight)
+    y[rows] = dense if bias is None else dense.add_(bias)
 
 
 def load() -> NativeLibrary | Unavailable:

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from torchao_int4cpu.format.checks import check_activation, check_one_device, check_packed
 from torchao_int4cpu.format.layout import layout_named
@@ -35,18 +38,18 @@ def is_eager(*tensors: Tensor) -> bool:
 def is_watched() -> bool:
     """Whether a compiler, a tracer, a mode or a transform sees what torch is called with."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._len_torch_function_stack() != 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None  # `is_transformed`, a call less
+        is_compiling()
+        or _len_torch_dispatch_stack() != 0
+        or _len_torch_function_stack() != 0
+        or _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None  # `is_transformed`, a call less
         or forward_ad._current_level >= 0
     )
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, or forward-mode differentiation, is going on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_plain(tensor: Tensor) -> bool:

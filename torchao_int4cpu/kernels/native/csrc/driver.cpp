@@ -346,25 +346,9 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
   return threads * rounds * spin.kernel->spin(0);
 }
 
-// A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
-// contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
-// `bias_dtype`. `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
-// One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
-struct Call {
-  int32_t kernel, dtype, group_size, threads, bias_dtype, unused;
-  const void* x;
-  int64_t x_stride;
-  const void* qdata;
-  const void* scale_and_zero;
-  int64_t qparams_stride;
-  void* y;
-  int64_t m, n, k;
-  const void* bias;
-};
-
 // Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
 // an Error.
-EXPORT int64_t int4cpu_mm(const Call* call) {
+EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
   const int32_t kernel = call->kernel, dtype = call->dtype, group_size = call->group_size;
   const int64_t m = call->m, n = call->n, k = call->k;
   if (kernel < 0 || kernel >= kKernelCount || !(int4cpu_kernels() >> kernel & 1)) {

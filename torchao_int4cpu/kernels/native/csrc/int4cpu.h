@@ -74,9 +74,27 @@ struct Kernel {
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
 
+// A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
+// contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
+// `bias_dtype`. `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
+// One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
+struct Call {
+  int32_t kernel, dtype, group_size, threads, bias_dtype, unused;
+  const void* x;
+  int64_t x_stride;
+  const void* qdata;
+  const void* scale_and_zero;
+  int64_t qparams_stride;
+  void* y;
+  int64_t m, n, k;
+  const void* bias;
+};
+
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Bf16;
 extern const Kernel kAmx;
 
 }  // namespace int4cpu
+
+extern "C" int64_t int4cpu_mm(const int4cpu::Call* call);
