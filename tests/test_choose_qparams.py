@@ -192,7 +192,8 @@ def test_quality_on_real_weights_is_pinned(algorithm: str, pinned: dict[int, flo
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("algorithm", ["tinygemm", pytest.param("mse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["tinygemm", "mse"])
 def test_memory_is_bounded(algorithm: str) -> None:
     """Codes (half of a bfloat16 weight), packing (half), the result (a quarter), chunks (48 MiB)."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

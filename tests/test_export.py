@@ -335,6 +335,7 @@ def test_aotinductor(tmp_path: Path) -> None:
     assert "Could not find schema for torchao_int4cpu::int4_mm" in run_package(package, here)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("aten")
 def test_aotinductor_without_this_package(tmp_path: Path) -> None:
     """Few rows and PyTorch's op: nothing is called that libtorch has not, so C++ can run it."""

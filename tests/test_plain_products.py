@@ -154,6 +154,11 @@ def test_rows_that_are_not_finite_stay_alone(variant: Variant, monkeypatch: pyte
     assert not y[0, 1].isfinite().any()
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS[1:])],
+    indirect=True,
+)
 def test_it_keeps_no_reference(variant: Variant) -> None:
     """Not to arguments, what it asks torch for, or results, whether it takes a call or leaves it."""
     plain = variant.library.plain_products[variant.name]

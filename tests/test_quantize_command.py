@@ -93,7 +93,8 @@ def test_inspect_fails_on_a_damaged_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "PROBLEM        layer._weight_" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_goes_on(
     how: signal.Signals, tmp_path: Path
 ) -> None:
