@@ -197,7 +197,7 @@ class NativeLibrary:
             group_size,
             torch.get_num_threads(),
             0 if bias is None else _DTYPE_CODES[bias.dtype],
-            0,
+            _DTYPE_CODES[scale_and_zero.dtype],
             address,
             x_stride,
             qdata.data_ptr(),

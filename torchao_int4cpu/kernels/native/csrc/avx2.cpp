@@ -93,6 +93,17 @@ struct Avx2 {
     high = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(INT32_C(-65536))));
   }
 
+  static void split_float16(Vec pairs, Vec& low, Vec& high) {
+    const __m256i both = _mm256_castps_si256(pairs);
+    low = _mm256_cvtph_ps(low_words(_mm256_and_si256(both, _mm256_set1_epi32(0xFFFF))));
+    high = _mm256_cvtph_ps(low_words(_mm256_srli_epi32(both, 16)));
+  }
+
+  // The low halves of numbers below 2^16.
+  static __m128i low_words(__m256i values) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+  }
+
   static Vec from_bfloat16(const void* from) {
     const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -111,9 +122,7 @@ struct Avx2 {
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words),
-                                            _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low_words(words));
   }
   static void to_float16(const float* from, uint16_t* to) {
     const __m128i half = _mm256_cvtps_ph(load(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -357,7 +357,7 @@ EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
   const bool group_fits =
       group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
   if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || call->bias_dtype < 0 ||
-      call->bias_dtype > 2 || !group_fits) {
+      call->bias_dtype > 2 || call->qparams_dtype < 0 || call->qparams_dtype > 1 || !group_fits) {
     return kBadArguments;
   }
   if (m == 0) return 0;
@@ -372,6 +372,7 @@ EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
   p.bias_dtype = call->bias_dtype;
   p.qdata = static_cast<const uint8_t*>(call->qdata);
   p.scale_and_zero = static_cast<const uint32_t*>(call->scale_and_zero);
+  p.qparams_dtype = call->qparams_dtype;
   cut_weight(chosen, n, k, group_size, p);
   p.qparams_stride = p.padded_k == group_size ? p.padded_n : call->qparams_stride;
   if (p.qparams_stride < p.padded_n) return kBadArguments;

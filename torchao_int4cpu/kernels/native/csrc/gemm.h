@@ -82,7 +82,11 @@ struct Gemm {
     QParams q;
     for (int v = 0; v < 4; ++v) {
       const Vec both = Isa::take(reinterpret_cast<const float*>(pairs), v);
-      Isa::split(both, q.scale[v], q.zero[v]);
+      if (p.qparams_dtype == int4cpu::kFloat16) {
+        Isa::split_float16(both, q.scale[v], q.zero[v]);
+      } else {
+        Isa::split(both, q.scale[v], q.zero[v]);
+      }
     }
     return q;
   }

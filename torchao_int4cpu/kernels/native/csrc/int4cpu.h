@@ -24,12 +24,13 @@ struct Problem {
   const void* bias;
   int32_t bias_dtype;
 
-  // Packed weight: uint8 [padded_n, padded_k / 2] and pairs of bfloat16, the scale in the low half of
+  // Packed weight: uint8 [padded_n, padded_k / 2] and pairs of `qparams_dtype`, the scale in the low half of
   // each 32 bits and the zero in the high half: [padded_k / group_size, padded_n], groups
   // `qparams_stride` pairs apart (more than padded_n if these are some rows of a larger weight).
   const uint8_t* qdata;
   const uint32_t* scale_and_zero;
   int64_t qparams_stride;
+  int32_t qparams_dtype;  // kBFloat16 or kFloat16
   int64_t padded_n, padded_k;
   int32_t group_size;
 
@@ -76,10 +77,10 @@ constexpr int32_t kMaxBlockRows = 64;
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
 // contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
-// `bias_dtype`. `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
+// `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
 // One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
 struct Call {
-  int32_t kernel, dtype, group_size, threads, bias_dtype, unused;
+  int32_t kernel, dtype, group_size, threads, bias_dtype, qparams_dtype;
   const void* x;
   int64_t x_stride;
   const void* qdata;

@@ -141,7 +141,8 @@ bool describe_weight(PyObject* weight, int4cpu::Call& call) {
   call.qdata = codes.data;
   call.scale_and_zero = pairs.data;
   call.qparams_stride = pairs.strides[0] / 2;
-  return true;
+  call.qparams_dtype = dtype_of(pairs);
+  return call.qparams_dtype >= 0;
 }
 
 bool describe_bias(PyObject* bias, int4cpu::Call& call) {

@@ -33,6 +33,12 @@ struct Vec512 {
     high = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(INT32_C(-65536))));
   }
 
+  static void split_float16(Vec pairs, Vec& low, Vec& high) {
+    const __m512i both = _mm512_castps_si512(pairs);
+    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+  }
+
   static Vec from_bfloat16(const void* from) {
     const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
