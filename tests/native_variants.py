@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.numerics import packed_in, random_groupwise
-from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.build import EMULATE_AMX, BuildError, compile_library
-from torchao_int4cpu.kernels.native.library import KERNELS_OF_LAYOUT, NativeLibrary, Unavailable
+from torchao_int4cpu.kernels.native.library import NativeLibrary, Unavailable, layout_of
 from torchao_int4cpu.kernels.selection import LIBRARY, native_unavailable
 
 #: A library to test instead of the installed one: how test_sanitizers runs these tests again.
@@ -52,9 +51,7 @@ class Variant:
 
     def __init__(self, name: str, library: NativeLibrary) -> None:
         self.name, self.library = name, library
-        self.layout: NibbleLayout = next(
-            LAYOUTS[layout] for layout, names in KERNELS_OF_LAYOUT.items() if name in names
-        )
+        self.layout = layout_of(name)
 
     def mm(self, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         return self.library.mm(self.name, x, weight, bias)

@@ -29,12 +29,15 @@ def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str], kernel:
     assert re.search(rf"layout +{layout}\n", out)
     assert re.search(rf"kernel chosen +{kernel}\n", out)
     aten = re.search(rf"M <= {rows} \+ .* decode +aten\._weight_int4pack_mm_for_cpu", out)
-    native_line = re.search(rf"layout '{layout}', any M +native .*\({native_kernel(native())}\)", out)
+    native_line = re.search(
+        rf"layout '{layout}', more rows +native .*\({native_kernel(native())}\)", out
+    )
     if native_kernel(native()) is None:
         assert aten
         assert re.search(r"more rows +prefill ", out)
     else:
         assert native_line
+        assert re.search(rf"layout '{layout}', M <= \d+ +native +integer .*\(int16_\w+\)", out)
         assert not aten
 
 
@@ -42,6 +45,7 @@ def test_info_says_why_there_is_no_native_kernel(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "LIBRARY", Unavailable("it was not compiled; install g++"))
+    monkeypatch.setattr(selection, "_native_kernels", {})
     cli.main(["info"])
     assert "native kernels   it was not compiled; install g++\n" in capsys.readouterr().out
 

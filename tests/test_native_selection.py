@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,12 @@ from tests.numerics import packed_in, random_groupwise
 from torchao_int4cpu import get_kernel, native_layout, set_kernel
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection as choice
-from torchao_int4cpu.kernels.native.library import KERNELS, NativeLibrary, Unavailable
+from torchao_int4cpu.kernels.native.library import (
+    FEW_ROWS_KERNELS,
+    KERNELS,
+    NativeLibrary,
+    Unavailable,
+)
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.selection import int4_mm
 
@@ -88,8 +95,9 @@ def test_c_and_python_number_the_kernels_alike() -> None:
     for library in runnable_libraries().values():
         name_of = ctypes.CDLL(str(library.path.resolve())).int4cpu_kernel_name
         name_of.restype = ctypes.c_char_p
-        names = [name_of(i) for i in range(len(KERNELS) + 1)]
-        assert names == [*(name.encode() for name in KERNELS), None]
+        expected = KERNELS + FEW_ROWS_KERNELS
+        names = [name_of(i) for i in range(len(expected) + 1)]
+        assert names == [*(name.encode() for name in expected), None]
 
 
 def test_kernels_keep_to_pytorchs_capability() -> None:
@@ -162,20 +170,45 @@ def test_no_kernel_fails_its_self_test() -> None:
     assert not any(library.failed for library in runnable_libraries().values())
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "avx2" not in runnable_libraries():
-        pytest.skip("kernel avx2 cannot run here")
+def _damaged(kernel: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> NativeLibrary:
+    """A copy of the library, of which one kernel computes a wrong number."""
+    if kernel not in runnable_libraries():
+        pytest.skip(f"kernel {kernel} cannot run here")
+    shutil.copy(runnable_libraries()[kernel].path, path)  # a library keeps what it was told
     real = NativeLibrary.mm
 
-    def damaged(self: NativeLibrary, kernel: str, x: Tensor, weight: PackedInt4) -> Tensor:
-        y = real(self, kernel, x, weight)
-        if kernel == "avx2" and len(x) > 1:
+    def damaged(self: NativeLibrary, name: str, x: Tensor, weight: PackedInt4) -> Tensor:
+        y = real(self, name, x, weight)
+        if name == kernel and len(x) > 1:
             y[-1, -1] += 1
         return y
 
-    monkeypatch.setattr(NativeLibrary, "mm", damaged)
-    library = NativeLibrary(runnable_libraries()["avx2"].path)
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeLibrary, "mm", damaged)
+        return NativeLibrary(path)
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _damaged("avx2", tmp_path / "lib.so", monkeypatch)
     assert library.failed == ("avx2",)
     assert "avx2" not in library.kernels
     with pytest.warns(UserWarning, match=r"kernels \['avx2'\] compute wrong numbers on this machine"):
         assert "avx2" not in choice._runnable_kernels(library, "AVX512")
+
+
+def test_few_rows_go_to_the_best_kernel_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = runnable_libraries()
+    for kernel, few in (("avx2", FEW_ROWS_KERNELS[:2]), ("avx512", FEW_ROWS_KERNELS[2:])):
+        left = [name for name in few if name in whole]
+        if not left:
+            continue
+        best = left.pop()
+        assert whole[kernel].kernel_for(kernel, 1) == best
+        library = _damaged(best, tmp_path / f"{best}.so", monkeypatch)
+        assert library.failed == (best,)
+        assert library.kernel_for(kernel, 1) == (left.pop() if left else kernel)
+        assert library.kernel_for(kernel, 10**6) == kernel

@@ -64,7 +64,7 @@ def main(kernel: str, path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # A library asks once for the function, and this process has done so for the one at `path`.
         copy = Path(shutil.copy(path, folder))
-        native_module.empty_strided = lambda: empty_strided
+        native_module.empty_strided = lambda: empty_strided  # type: ignore[attr-defined]
         variant = Variant(kernel, NativeLibrary(copy))
     tensor: Any = torch.Tensor
     empty = tensor.new_empty

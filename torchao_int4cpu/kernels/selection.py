@@ -282,10 +282,7 @@ class KernelChoice(NamedTuple):
 
 def kernel_choices() -> list[KernelChoice]:
     """Which kernel runs in this process for how many rows, and why, for people to read."""
-    lines = [
-        KernelChoice(f"layout {layout!r}, any M", "native", f"{_NATIVE_REASONS[name]} ({name})")
-        for layout, name in _native_kernels.items()
-    ]
+    lines = [line for layout, name in _native_kernels.items() for line in _native_choices(layout, name)]
     layout = native_layout()
     dense = str(DENSE_DTYPE).removeprefix("torch.")
     if layout is None:
@@ -314,8 +311,25 @@ def kernel_choices() -> list[KernelChoice]:
     ]
 
 
+def _native_choices(layout: str, kernel: str) -> list[KernelChoice]:
+    """The lines of a layout: runs of rows with one kernel."""
+    assert not isinstance(LIBRARY, Unavailable)
+    few = LIBRARY.kernel_for(kernel, 1)
+    many = f"{_NATIVE_REASONS[kernel]} ({kernel})"
+    if few == kernel:
+        return [KernelChoice(f"layout {layout!r}, any M", "native", many)]
+    most = 1
+    while LIBRARY.kernel_for(kernel, most + 1) != kernel:
+        most += 1
+    reason = "integer products of 16-bit x, the same numbers on every CPU"
+    return [
+        KernelChoice(f"layout {layout!r}, M <= {most}", "native", f"{reason} ({few})"),
+        KernelChoice(f"layout {layout!r}, more rows", "native", many),
+    ]
+
+
 _NATIVE_REASONS = {
-    "amx": "bfloat16 tiles; dot products for up to 6 rows",
+    "amx": "bfloat16 tiles",
     "avx512_bf16": "bfloat16 dot products; the 4-bit weight is expanded in registers or a cache",
     "avx512": "float32 products; the 4-bit weight is expanded in registers or a cache",
     "avx2": "float32 products; the 4-bit weight is expanded in registers or a cache",

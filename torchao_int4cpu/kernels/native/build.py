@@ -29,6 +29,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",
+    "-ffp-contract=off",  # the kernels that promise the same bits everywhere round each operation
     "-Wall",
     "-Wextra",
     "-Wno-uninitialized",  # GCC says this of its own AVX-512 headers
@@ -45,6 +46,9 @@ INSTRUCTION_SETS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
     "avx512_bf16": _BF16,
+    "int16_avx2": _AVX2,
+    "int16_avx512": _AVX512,
+    "int16_vbmi": [*_AVX512, "-mavx512vbmi"],
     "amx": _BF16,  # the tile instructions are written as assembly
 }
 SANITIZE = [

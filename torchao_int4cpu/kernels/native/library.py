@@ -18,27 +18,50 @@ import torch
 from torch import Tensor, nn
 
 from torchao_int4cpu.format.groupwise import CODE_OFFSET
-from torchao_int4cpu.format.layout import LAYOUTS, pack
+from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, pack
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.build import LIBRARY_PATH, source_digest, supported_platform
 from torchao_int4cpu.kernels.portable.prefill import prefill
 from torchao_int4cpu.version import empty_strided
 
-#: In the order of ``kKernels`` in csrc/driver.cpp.
+#: The kernels for any number of rows, and those that they leave few rows to, which compute the same
+#: numbers all. In the order of ``kKernels`` in csrc/driver.cpp.
 KERNELS = ("avx2", "avx512", "avx512_bf16", "amx")
+FEW_ROWS_KERNELS = (
+    "int16_avx2",
+    "int16_avx_vnni",
+    "int16_avx512",
+    "int16_avx512_vnni",
+    "int16_vbmi",
+)
 
 #: By layout: the kernels that read it, best first.
 KERNELS_OF_LAYOUT = {"avx512": ("amx", "avx512_bf16", "avx512"), "avx2": ("avx2",), "default": ()}
+FEW_ROWS_KERNELS_OF_LAYOUT = {
+    "avx512": ("int16_vbmi", "int16_avx512_vnni", "int16_avx512"),
+    "avx2": ("int16_avx_vnni", "int16_avx2"),
+    "default": (),
+}
 
 #: What PyTorch's own kernels may use, which `ATEN_CPU_CAPABILITY` lowers; ours keep to it.
 KERNELS_OF_CAPABILITY = {"AVX512": KERNELS, "AVX2": ("avx2",)}
 
-_INDEX = {name: i for i, name in enumerate(KERNELS)}
+_NAMES = KERNELS + FEW_ROWS_KERNELS
+_INDEX = {name: i for i, name in enumerate(_NAMES)}
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_MEMORY, _FREED = -2, -4
 
 #: ``struct Call`` of csrc/int4cpu.h.
 _pack_call = struct.Struct("6i10q").pack
+
+
+def layout_of(kernel: str) -> NibbleLayout:
+    """The layout that a kernel reads."""
+    return next(
+        LAYOUTS[name]
+        for name in LAYOUTS
+        if kernel in KERNELS_OF_LAYOUT[name] + FEW_ROWS_KERNELS_OF_LAYOUT[name]
+    )
 
 
 class Unavailable(Exception):
@@ -76,6 +99,7 @@ class NativeLibrary:
         library.int4cpu_plan.argtypes = [i32, i64, i64, i64, i32, i32, ctypes.POINTER(i64)]
         library.int4cpu_spin.argtypes = [i32, i32, i64]
         library.int4cpu_spin.restype = i64
+        library.int4cpu_kernel_for.argtypes = [i32, i64]
         library.int4cpu_use_runtime.argtypes = [pointer, pointer]
         mm = library.int4cpu_mm
         mm.argtypes = [ctypes.c_char_p]
@@ -84,10 +108,23 @@ class NativeLibrary:
         self._library, self._mm = library, mm
         found = library.int4cpu_kernels()
         self.shares_threads = self._share_threads()
-        usable = [name for i, name in enumerate(KERNELS) if found >> i & 1]
+        usable = [name for name, i in _INDEX.items() if found >> i & 1]
         self.plain_products = self._plain_products(usable)
-        self.kernels = tuple(name for name in usable if self.self_test(name))
-        self.failed = tuple(name for name in usable if name not in self.kernels)
+        self.failed = self._exclude_failing(usable)
+        self.kernels = tuple(name for name in usable if name not in self.failed)
+
+    def _exclude_failing(self, kernels: Sequence[str]) -> tuple[str, ...]:
+        # Those for few rows first: the others hand few rows on to the best one that is left.
+        failed = []
+        for name in sorted(kernels, key=KERNELS.__contains__):
+            if not self.self_test(name):
+                failed.append(name)
+                self._library.int4cpu_exclude(_INDEX[name])
+        return tuple(failed)
+
+    def kernel_for(self, kernel: str, m: int) -> str:
+        """The kernel that multiplies ``m`` rows when one of `KERNELS` is asked for."""
+        return _NAMES[self._library.int4cpu_kernel_for(_INDEX[kernel], m)]
 
     def _plain_products(self, kernels: Sequence[str]) -> dict[str, Callable[..., Tensor | None]]:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -130,7 +167,7 @@ class NativeLibrary:
         No one has tried every CPU, system and compiler. The product takes every path of a kernel: few
         rows and many, whole blocks and a short one, padding along N and K.
         """
-        layout = next(LAYOUTS[name] for name, names in KERNELS_OF_LAYOUT.items() if kernel in names)
+        layout = layout_of(kernel)
         n, k, group_size = 70, 90, 32
         # On the CPU whatever torch.set_default_device says while this package is imported.
         codes = (

@@ -168,7 +168,7 @@ void multiply(const Problem& p, const Task& t, float* totals) {
       for (int64_t r = 0; r < count; ++r) {
         __m512 acc[1][4];
         for (int v = 0; v < 4; ++v) acc[0][v] = Bf16::load(sums + r * Here::kBlock + v * kTile);
-        Here::apply<1>(q, acc, p.sums + s * p.packed_rows + row + r,
+        Here::apply<1>(q, acc, Here::sums(p) + s * p.packed_rows + row + r,
                        totals + (row - t.row + r) * Here::kBlock);
       }
     }
@@ -204,9 +204,11 @@ const int4cpu::Kernel int4cpu::kAmx = {
     .block_rows = Here::kBlock,
     .max_step = Bf16::kMaxStep,
     .element_bytes = sizeof(Bf16::Element),
+    .record_bytes = sizeof(float),
     .row_multiple = kTile,
     .task_rows = 256,
     .tile_rows = kRows,
+    .chunk_columns = 0,
     .pack_rows = &Here::pack_rows,
     .multiply = &multiply,
     .store = &Here::store,

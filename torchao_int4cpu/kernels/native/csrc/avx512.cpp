@@ -32,7 +32,7 @@ class Expander512 {
   __mmask16 valid_[2];
 };
 
-struct Avx512 : Vec512 {
+struct Avx512 : InOrder512 {
   using Operand = __m512;
   using Element = float;
   using Expander = Expander512;
@@ -59,9 +59,11 @@ const int4cpu::Kernel int4cpu::kAvx512 = {
     .block_rows = Here::kBlock,
     .max_step = Avx512::kMaxStep,
     .element_bytes = sizeof(Avx512::Element),
+    .record_bytes = sizeof(float),
     .row_multiple = 1,
     .task_rows = int4cpu::kMaxTaskRows,
     .tile_rows = Avx512::kTileRows,
+    .chunk_columns = 0,
     .pack_rows = &Here::pack_rows,
     .multiply = &Here::multiply,
     .store = &Here::store,

@@ -45,7 +45,7 @@ class Bf16Expander {
   __mmask64 valid_;
 };
 
-struct Bf16 : Vec512 {
+struct Bf16 : InOrder512 {
   using Operand = __m512i;
   using Element = uint16_t;
   using Expander = Bf16Expander;

@@ -10,6 +10,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <initializer_list>
+
 #include "int4cpu.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -22,9 +24,17 @@ using int4cpu::Task;
 
 enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3, kFreed = -4 };
 
-const Kernel* const kKernels[] = {&int4cpu::kAvx2, &int4cpu::kAvx512, &int4cpu::kAvx512Bf16,
-                                  &int4cpu::kAmx};
-constexpr int32_t kKernelCount = 4;
+// In the order of ``KERNELS`` in library.py. The first four take any number of rows well, the others few.
+enum KernelIndex : int32_t {
+  kAvx2, kAvx512, kAvx512Bf16, kAmx,
+  kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
+  kKernelCount,
+};
+const Kernel* const kKernels[kKernelCount] = {
+    &int4cpu::kAvx2,        &int4cpu::kAvx512,          &int4cpu::kAvx512Bf16,
+    &int4cpu::kAmx,         &int4cpu::kInt16Avx2,       &int4cpu::kInt16AvxVnni,
+    &int4cpu::kInt16Avx512, &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
+};
 
 #ifdef INT4CPU_EMULATE_AMX
 constexpr bool kEmulateTiles = true;  // see amx.cpp
@@ -58,7 +68,9 @@ uint32_t find_kernels() {
   const uint64_t states = enabled_states();
   constexpr uint64_t kYmm = 0x6, kZmm = 0xE6, kTiles = 0x60000;
   constexpr uint32_t kAvx512Words = (1U << 16) | (1U << 30) | (1U << 31);  // F, BW, VL
-  constexpr uint32_t kVbmi = 1U << 1, kBf16 = 1U << 5, kTileBf16 = (1U << 22) | (1U << 24);
+  constexpr uint32_t kVbmi = 1U << 1, kVnni = 1U << 11;  // of leaf7_c
+  constexpr uint32_t kAvxVnni = 1U << 4, kBf16 = 1U << 5;  // of leaf7_1a
+  constexpr uint32_t kTileBf16 = (1U << 22) | (1U << 24);
 
   const bool avx2 = (states & kYmm) == kYmm && (leaf7_b & bit_AVX2) && fma && f16c;
   const bool avx512 =
@@ -66,7 +78,11 @@ uint32_t find_kernels() {
   const bool bf16 = avx512 && (leaf7_c & kVbmi) && (leaf7_1a & kBf16);
   const bool tiles = bf16 && ((leaf7_d & kTileBf16) == kTileBf16 || kEmulateTiles);
   const bool usable = tiles && ((states & kTiles) == kTiles || kEmulateTiles) && may_use_tiles();
-  return avx2 | avx512 << 1 | bf16 << 2 | usable << 3;
+  const bool vnni = avx512 && (leaf7_c & kVnni);
+  return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx |
+         avx2 << kInt16Avx2 | (avx2 && (leaf7_1a & kAvxVnni)) << kInt16AvxVnni |
+         avx512 << kInt16Avx512 | vnni << kInt16Avx512Vnni |
+         (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi;
 }
 
 // --- threads ------------------------------------------------------------------------------------
@@ -145,6 +161,7 @@ void cut_weight(const Kernel& kernel, int64_t n, int64_t k, int32_t group_size, 
   p.padded_k = divide_up(k, group_size) * group_size;
   p.step = group_size < kernel.max_step ? group_size : kernel.max_step;
   p.steps = p.padded_k / p.step;
+  p.chunk_steps = kernel.chunk_columns / p.step;
 }
 
 struct Plan {
@@ -169,8 +186,8 @@ Plan plan(const Kernel& kernel, const Problem& p, int32_t threads) {
   // A part reads at least 16 KiB of the weight.
   const int64_t least_steps = divide_up(INT64_C(32768), kernel.block_rows * p.step);
   int64_t parts = divide_up(wanted, plan.row_tasks * plan.blocks);
-  const int64_t most = p.steps / least_steps;
-  if (parts > most) parts = most;
+  const int64_t most = p.chunk_steps > 0 ? divide_up(p.steps, p.chunk_steps) : p.steps / least_steps;
+  if (parts > most || (parts > 1 && p.chunk_steps > 0)) parts = most;
   plan.parts = parts < 1 ? 1 : parts;
   return plan;
 }
@@ -183,12 +200,18 @@ struct Product {
   int32_t* finished;  // parts of each
 };
 
+// Rows that a thread packs at a time.
+constexpr int64_t kPackedTogether = 2;
+
 void pack_some(void* opaque, int64_t i) {
   const Product& product = *static_cast<const Product*>(opaque);
   const Problem& p = *product.problem;
-  constexpr int64_t kRows = 8;
-  const int64_t end = (i + 1) * kRows;
-  product.kernel->pack_rows(p, i * kRows, end < p.packed_rows ? end : p.packed_rows);
+  const int64_t end = (i + 1) * kPackedTogether;
+  product.kernel->pack_rows(p, i * kPackedTogether, end < p.packed_rows ? end : p.packed_rows);
+}
+
+void add(float* to, const float* from, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
 void run_task(void* opaque, int64_t i) {
@@ -202,20 +225,33 @@ void run_task(void* opaque, int64_t i) {
   const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
   Task task = {row, row_end, whole / plan.row_tasks, p.steps * part / plan.parts,
                p.steps * (part + 1) / plan.parts};
+  const int64_t size = plan.task_rows * kernel.block_rows;
+  const int64_t used = (row_end - row) * kernel.block_rows;
   if (plan.parts == 1) {
     alignas(64) float totals[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
+    const int64_t chunk = p.chunk_steps > 0 ? p.chunk_steps : p.steps;
+    task.step_end = chunk < p.steps ? chunk : p.steps;
     kernel.multiply(p, task, totals);
+    while (task.step_end < p.steps) {
+      alignas(64) float next[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
+      task.step = task.step_end;
+      task.step_end = chunk < p.steps - task.step ? task.step + chunk : p.steps;
+      kernel.multiply(p, task, next);
+      add(totals, next, used);
+    }
     kernel.store(p, task, totals);
     return;
   }
-  const int64_t size = plan.task_rows * kernel.block_rows;
+  if (p.chunk_steps > 0) {
+    task.step = part * p.chunk_steps;
+    task.step_end = part == plan.parts - 1 ? p.steps : task.step + p.chunk_steps;
+  }
   float* first = product.partial + whole * plan.parts * size;
   kernel.multiply(p, task, first + part * size);
   // Whoever ends last sums the parts, always in the same order.
   if (__atomic_add_fetch(&product.finished[whole], 1, __ATOMIC_ACQ_REL) < plan.parts) return;
   for (int64_t other = 1; other < plan.parts; ++other) {
-    const float* from = first + other * size;
-    for (int64_t j = 0; j < (row_end - row) * kernel.block_rows; ++j) first[j] += from[j];
+    add(first, first + other * size, used);
   }
   kernel.store(p, task, first);
 }
@@ -235,6 +271,40 @@ constexpr int64_t kPackedBytes = INT64_C(16) << 20;
 // A product that needs no more is not to wait for an allocation: one row of K = 8192 in bfloat16.
 constexpr int64_t kStackBytes = 32768;
 
+int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads);
+
+// Multiplies the rows that the kernel for few rows leaves to the float32 kernel.
+int64_t multiply_left(const Problem& few, int32_t block_rows, int64_t count, int32_t threads) {
+  const Kernel& kernel = block_rows == int4cpu::kAvx2.block_rows ? int4cpu::kAvx2 : int4cpu::kAvx512;
+  const int64_t itemsize = few.dtype == int4cpu::kFloat32 ? 4 : 2;
+  const int64_t x_bytes = few.k * itemsize, y_bytes = few.n * itemsize;
+  char* memory = static_cast<char*>(malloc(static_cast<size_t>(count * (x_bytes + y_bytes))));
+  if (memory == nullptr) return kNoMemory;
+  char* const x = memory;
+  char* const y = memory + count * x_bytes;
+  int64_t at = 0;
+  for (int64_t row = 0; row < few.m; ++row) {
+    if (few.row_factor[row] >= 0.0F) continue;
+    memcpy(x + at++ * x_bytes, static_cast<const char*>(few.x) + row * few.x_stride * itemsize,
+           static_cast<size_t>(x_bytes));
+  }
+  Problem p = few;
+  p.x = x;
+  p.x_stride = p.k;
+  p.y = y;
+  p.m = count;
+  cut_weight(kernel, p.n, p.k, p.group_size, p);
+  p.chunk_steps = int4cpu::kChunkColumns / p.step;
+  const int64_t failed = multiply(kernel, p, threads);
+  at = 0;
+  for (int64_t row = 0; row < few.m; ++row) {
+    if (few.row_factor[row] >= 0.0F) continue;
+    memcpy(static_cast<char*>(few.y) + row * y_bytes, y + at++ * y_bytes, static_cast<size_t>(y_bytes));
+  }
+  free(memory);
+  return failed;
+}
+
 // Multiplies; returns the number of rows that are not finite, or an Error.
 int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   p.packed_rows = divide_up(p.m, kernel.row_multiple) * kernel.row_multiple;
@@ -247,12 +317,12 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   const int64_t wholes = cut.row_tasks * cut.blocks;
   const bool in_parts = cut.parts > 1;
   const int64_t packed_bytes = p.packed_rows * p.padded_k * kernel.element_bytes;
-  const int64_t sums_bytes = p.packed_rows * p.steps * 4;
+  const int64_t record_bytes = p.packed_rows * p.steps * kernel.record_bytes;
   const int64_t partial_bytes =
       in_parts ? wholes * cut.parts * cut.task_rows * kernel.block_rows * 4 : 0;
   const int64_t finished_bytes = in_parts ? wholes * 4 : 0;
   const int64_t bytes =
-      packed_bytes + sums_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
+      packed_bytes + record_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
   alignas(64) char small[kStackBytes];
   void* memory = nullptr;
   if (bytes > kStackBytes && posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) {
@@ -260,19 +330,24 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   }
   char* left = memory == nullptr ? small : static_cast<char*>(memory);
   p.packed_x = carve(left, packed_bytes);
-  p.sums = reinterpret_cast<float*>(carve(left, sums_bytes));
+  p.records = carve(left, record_bytes);
   p.row_factor = reinterpret_cast<float*>(carve(left, p.packed_rows * 4));
   product.partial = reinterpret_cast<float*>(carve(left, partial_bytes));
   product.finished = reinterpret_cast<int32_t*>(carve(left, finished_bytes));
   if (in_parts) memset(product.finished, 0, static_cast<size_t>(finished_bytes));
 
-  const bool large = p.packed_rows * p.padded_k >= kSerialWork;
-  for_each(divide_up(p.packed_rows, 8), large ? threads : 1, pack_some, &product);
+  const bool large = p.packed_rows * p.padded_k >= kSerialWork / 4;
+  for_each(divide_up(p.packed_rows, kPackedTogether), large ? threads : 1, pack_some, &product);
   for_each(wholes * cut.parts, threads, run_task, &product);
 
-  int64_t bad = 0;
+  int64_t bad = 0, left_rows = 0;
   for (int64_t row = 0; row < p.m; ++row) {
     bad += p.row_factor[row] == 0.0F;
+    left_rows += p.row_factor[row] < 0.0F;
+  }
+  if (left_rows > 0) {
+    const int64_t failed = multiply_left(p, kernel.block_rows, left_rows, threads);
+    if (failed < 0) bad = failed;
   }
   free(memory);
   return bad;
@@ -283,7 +358,10 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
 // Digest of the sources that this library was built from.
 EXPORT const char* int4cpu_digest() { return INT4CPU_DIGEST; }
 
-// Bit i: kernel i can run on this CPU under this system.
+// Kernels that computed wrong numbers on this machine.
+uint32_t excluded = 0;
+
+// Bit i: kernel i can run on this CPU under this system, and was not excluded.
 EXPORT uint32_t int4cpu_kernels() {
   // Threads that come here at the same time find the same.
   static uint32_t found = 0;
@@ -292,7 +370,28 @@ EXPORT uint32_t int4cpu_kernels() {
     found = find_kernels();
     __atomic_store_n(&asked, true, __ATOMIC_RELEASE);
   }
-  return found;
+  return found & ~__atomic_load_n(&excluded, __ATOMIC_RELAXED);
+}
+
+EXPORT void int4cpu_exclude(int32_t kernel) {
+  __atomic_fetch_or(&excluded, 1U << kernel, __ATOMIC_RELAXED);
+}
+
+// Up to how many rows a kernel for few rows is taken. To be measured.
+constexpr int64_t kFewRows = 16;
+
+// The kernel that multiplies `m` rows when `kernel`, one of those for any number, is asked for.
+EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m) {
+  if (kernel > kAmx || m > kFewRows) return kernel;
+  const uint32_t found = int4cpu_kernels();
+  const auto first_of = [&](std::initializer_list<int32_t> candidates) {
+    for (const int32_t candidate : candidates) {
+      if (found >> candidate & 1) return candidate;
+    }
+    return kernel;
+  };
+  if (kernel == kAvx2) return first_of({kInt16AvxVnni, kInt16Avx2});
+  return first_of({kInt16Vbmi, kInt16Avx512Vnni, kInt16Avx512});
 }
 
 EXPORT const char* int4cpu_kernel_name(int32_t kernel) {
@@ -362,7 +461,7 @@ EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
   }
   if (m == 0) return 0;
   if (call->qdata == nullptr || call->scale_and_zero == nullptr) return kFreed;
-  const Kernel& chosen = *kKernels[kernel];
+  const Kernel& chosen = *kKernels[int4cpu_kernel_for(kernel, m)];
   Problem p = {};
   p.x_stride = call->x_stride;
   p.dtype = dtype;

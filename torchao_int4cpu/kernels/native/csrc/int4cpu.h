@@ -38,11 +38,16 @@ struct Problem {
   int32_t step;
   int64_t steps;
 
+  // Steps whose totals are summed alone before they are added to those before, so that a result does
+  // not depend on how many threads share K; 0 if that is no matter.
+  int64_t chunk_steps;
+
   // Packed activation, in the element type of the kernel: [steps, packed_rows, step].
   void* packed_x;
   int64_t packed_rows;
-  float* sums;        // of the packed activation: [steps, packed_rows]
-  float* row_factor;  // [packed_rows]; 0 stands for a row that is not finite
+  void* records;      // what else the kernel needs to know of it: [steps, packed_rows]
+  float* row_factor;  // [packed_rows]; 0 for a row that is not finite, below 0 for one that the kernel
+                      // leaves to the float32 kernel
 };
 
 // Rows [row, row_end) of x times block `block` of the weight over steps [step, step_end).
@@ -57,9 +62,11 @@ struct Kernel {
   int32_t block_rows;      // of the layout that it reads
   int32_t max_step;
   int32_t element_bytes;   // of the packed activation
+  int32_t record_bytes;
   int32_t row_multiple;    // packed_rows is a multiple of it; rows beyond m are zero
   int32_t task_rows;       // the most rows of a task; a multiple of `tile_rows`
   int32_t tile_rows;       // rows that share one read of the expanded weight
+  int32_t chunk_columns;   // see Problem::chunk_steps; 0 for none
   // Fills packed_x, sums and row_factor for rows [row, row_end), which may reach packed_rows.
   void (*pack_rows)(const Problem&, int64_t row, int64_t row_end);
   // Writes the sums of a task to `totals`, float32 [row_end - row, block_rows] in the kernel's order.
@@ -74,6 +81,12 @@ struct Kernel {
 // and a block take 132 KiB of the stack, which a second-level cache holds beside the expanded block.
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
+
+// Rows of a task of the kernels for few rows; totals of 12 KiB stay in the first cache.
+constexpr int32_t kFewTaskRows = 48;
+
+// A chunk of a block is 32 KiB, long enough for its totals to cost nothing beside it.
+constexpr int32_t kChunkColumns = 1024;
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
 // contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
@@ -95,6 +108,11 @@ extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Bf16;
 extern const Kernel kAmx;
+extern const Kernel kInt16Avx2;
+extern const Kernel kInt16AvxVnni;
+extern const Kernel kInt16Avx512;
+extern const Kernel kInt16Avx512Vnni;
+extern const Kernel kInt16Vbmi;
 
 }  // namespace int4cpu
 

@@ -18,13 +18,15 @@ struct Vec512 {
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static float total(Vec a) { return _mm512_reduce_add_ps(a); }
-
-  // Vector 2 * nibble + half holds the rows of one half of a column's 32 bytes.
-  static int nibble(int v, int) { return v >> 1; }
-  static int byte(int v, int lane) { return (v & 1) * 16 + lane; }
-  static Vec take(const float* block, int v) { return load(block + v * kLanes); }
-  static void put(float* block, int v, Vec value) { store(block + v * kLanes, value); }
+  // In an order that Vec256 can keep: halves are added, of the sum again, and so on.
+  static float total(const Vec (&parts)[1]) {
+    const __m512d both = _mm512_castps_pd(parts[0]);
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(parts[0]),
+                                   _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)));
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
 
   // Pairs of bfloat16 to their low and high halves.
   static void split(Vec pairs, Vec& low, Vec& high) {
@@ -69,12 +71,16 @@ struct Vec512 {
     const __m512i bits = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(INT32_MAX));
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), bits));
   }
-  static float largest_lane(Vec a) {
-    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(a));
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  static uint32_t largest_lane_bits(Vec a) { return _mm512_reduce_max_epu32(_mm512_castps_si512(a)); }
+};
+
+// Rows in the order of memory.
+struct InOrder512 : Vec512 {
+  // Vector 2 * nibble + half holds the rows of one half of a column's 32 bytes.
+  static int nibble(int v, int) { return v >> 1; }
+  static int byte(int v, int lane) { return (v & 1) * 16 + lane; }
+  static Vec take(const float* block, int v) { return load(block + v * kLanes); }
+  static void put(float* block, int v, Vec value) { store(block + v * kLanes, value); }
 };
 
 }  // namespace

@@ -1,0 +1,331 @@
+// Few rows: products in integers, with x as 16-bit fixed point. The same bits on every instruction set,
+// for every number of rows and threads.
+//
+// In a group of columns x = unit * q, the unit a power of two and |q| <= 32639, so that q splits into two
+// signed bytes as well. Codes are used as they are: sums of (code - 8) * q are exact in 32 bits. Then
+//
+//     total += scale * (unit * sum of (code - 8) q);  total += zero * (sum of x)
+//
+// in float32, each line one fused multiply-add, groups in their order. Of a byte b = 16 h + l of two codes
+// one mask gives l, and 16 (sum of h q) = (sum of b q) - (sum of l q), exactly: 255 * 32639 * 256 < 2^31.
+//
+// x is rounded by at most half a unit, 1 / 32640 of the largest of its group. An outlier (|x| > 64 times the
+// mean of the other numbers that are not 0) would leave these with few bits. Up to kOutliers of a group
+// are left out of q and added in float32; a row with more is left to the float32 kernel. So what is
+// rounded is at most 64 times the mean, and the rounding at most 1/510 of it, about that of bfloat16.
+#pragma once
+
+#include "blocks.h"
+
+namespace {
+
+constexpr int kOutliers = 4;
+constexpr float kOutlierRatio = 64.0F;
+constexpr float kMostQ = 32639.0F;
+
+// A row of x in one group.
+struct Group {
+  float unit;
+  float total;    // sum of x as it is multiplied
+  int32_t start;  // -8 and -136 times the sum of q, where sums of code * q and byte * q begin
+  int32_t start_of_bytes;
+  int32_t count;  // of outliers
+  int32_t column[kOutliers];
+  float value[kOutliers];
+};
+
+// Fills q and the group for `n` numbers of which `largest` is the largest magnitude; returns the sum of |q|.
+inline int32_t quantize(const float* x, int32_t n, uint32_t largest, int16_t* q, Group& group) {
+  int32_t exponent = static_cast<int32_t>(largest >> 23) - 127;
+  exponent = exponent < -112 ? -112 : exponent;  // so that the unit is a normal number
+  uint32_t unit_bits = static_cast<uint32_t>(exponent - 14 + 127) << 23;
+  if (from_bits(largest) / from_bits(unit_bits) > kMostQ) unit_bits += 1U << 23;
+  group.unit = from_bits(unit_bits);
+  const float inverse = 1.0F / group.unit;
+  int32_t sum = 0, magnitudes = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+    const float shifted = x[i] * inverse + 0x1.8p23F;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    const int32_t value = bits - 0x4B400000;
+    q[i] = static_cast<int16_t>(value);
+    sum += value;
+    magnitudes += value < 0 ? -value : value;
+  }
+  group.start = -8 * sum;
+  group.start_of_bytes = -136 * sum;
+  group.total = static_cast<float>(sum) * group.unit;
+  return magnitudes;
+}
+
+inline int32_t count_nonzero(const float* x, int32_t n) {
+  int32_t count = 0;
+  for (int32_t i = 0; i < n; ++i) count += x[i] != 0.0F;
+  return count;
+}
+
+// Whether there can be outliers at all: |x| > 64 * mean of the others, for one of the first 5 in falling
+// order, needs largest * (count + 315) > 64 * sum. The 5 more make up for the rounding of q.
+inline bool may_have_outliers(const float* x, int32_t n, uint32_t largest, int32_t magnitudes,
+                              float unit) {
+  const float most = from_bits(largest) / unit, others = kOutlierRatio * static_cast<float>(magnitudes);
+  return most * static_cast<float>(n + 320) > others &&  // seldom with dense x, so count later
+         most * static_cast<float>(count_nonzero(x, n) + 320) > others;
+}
+
+// Moves the outliers of x to the group, and leaves zeros for them. False if they are too many.
+__attribute__((noinline)) bool take_outliers(float* x, int32_t n, Group& group) {
+  double rest = 0.0;
+  for (int32_t i = 0; i < n; ++i) rest += from_bits(magnitude_bits(x[i]));
+  const int32_t count = count_nonzero(x, n);
+  int32_t largest[kOutliers + 1], taken = 0;
+  for (int32_t c = 0; c <= kOutliers && c + 1 < count; ++c) {
+    int32_t at = -1;
+    for (int32_t i = 0; i < n; ++i) {
+      bool before = false;
+      for (int32_t j = 0; j < c; ++j) before = before || largest[j] == i;
+      if (!before && (at < 0 || magnitude_bits(x[i]) > magnitude_bits(x[at]))) at = i;
+    }
+    largest[c] = at;
+    const double value = from_bits(magnitude_bits(x[at]));
+    rest -= value;
+    if (value * (count - c - 1) > kOutlierRatio * rest) taken = c + 1;
+  }
+  if (taken > kOutliers) return false;
+  for (int32_t i = 0; i < n; ++i) {  // in the order of columns
+    for (int32_t j = 0; j < taken; ++j) {
+      if (largest[j] != i) continue;
+      group.column[group.count] = i;
+      group.value[group.count++] = x[i];
+      x[i] = 0.0F;
+      break;
+    }
+  }
+  return true;
+}
+
+inline uint32_t largest_magnitude(const float* x, int32_t n) {
+  uint32_t largest = 0;
+  for (int32_t i = 0; i < n; ++i) {
+    const uint32_t bits = magnitude_bits(x[i]);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// False if the group has too many outliers.
+inline bool pack_group(float* x, int32_t n, uint32_t largest, int16_t* q, Group& group) {
+  group.count = 0;
+  bool fits = true;
+  const int32_t magnitudes = quantize(x, n, largest, q, group);
+  if (may_have_outliers(x, n, largest, magnitudes, group.unit)) {
+    fits = take_outliers(x, n, group);
+    if (group.count > 0) quantize(x, n, largest_magnitude(x, n), q, group);
+  }
+  for (int32_t i = 0; i < group.count; ++i) group.total += group.value[i];
+  return fits;
+}
+
+template <class Isa>
+struct Int16 : Blocks<Isa> {
+  using Base = Blocks<Isa>;
+  using typename Base::QParams;
+  using Base::block_at, Base::qparams, Base::prefetch_qparams;
+  using Base::kLanes, Base::kBlock;
+  using Vec = typename Isa::Vec;
+  using Ints = typename Isa::Ints;
+  static constexpr int kMaxStep = 256;  // a whole group
+
+  static int16_t* packed_row(const Problem& p, int64_t step, int64_t row) {
+    return static_cast<int16_t*>(p.packed_x) + (step * p.packed_rows + row) * p.step;
+  }
+  static Group* groups(const Problem& p, int64_t step) {
+    return static_cast<Group*>(p.records) + step * p.packed_rows;
+  }
+
+  // Returns the largest magnitude; `fits` becomes false if a group has too many outliers.
+  static float pack_row(const Problem& p, int64_t row, float factor, bool& fits) {
+    alignas(64) float x[kMaxStep];
+    uint32_t most = 0;
+    for (int64_t s = 0; s < p.steps; ++s) {
+      const uint32_t bits = Base::load_x(p, row, s * p.step, factor, x);
+      most = bits > most ? bits : most;
+      if (bits > magnitude_bits(kLargest)) {  // another factor is needed, or the row is not finite
+        memset(packed_row(p, s, row), 0, sizeof(int16_t) * p.step);
+        groups(p, s)[row] = {};
+        continue;
+      }
+      fits = pack_group(x, p.step, bits, packed_row(p, s, row), groups(p, s)[row]) && fits;
+    }
+    return from_bits(most);
+  }
+
+  static void pack_rows(const Problem& p, int64_t row, int64_t row_end) {
+    for (; row < row_end; ++row) {
+      bool fits = true;
+      const float factor = row_factor_for(pack_row(p, row, 1.0F, fits));
+      if (factor != 0.0F && factor != 1.0F) {
+        fits = true;
+        pack_row(p, row, factor, fits);
+      }
+      p.row_factor[row] = fits ? factor : -factor;
+    }
+  }
+
+  // Adds value * (code - 8) of the outliers to f.
+  __attribute__((noinline)) static void add_outliers(const Block& block, const uint8_t* bytes,
+                                                     const Group& group, Vec (&f)[4]) {
+    for (int32_t i = 0; i < group.count; ++i) {
+      const uint8_t* column = bytes + group.column[i] * block.column_bytes;
+      for (int v = 0; v < 4; ++v) {
+        alignas(64) float codes[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int at = Isa::byte(v, lane);
+          const int byte = at < block.column_bytes ? column[at] : 0;
+          codes[lane] = static_cast<float>((Isa::nibble(v, lane) != 0 ? byte >> 4 : byte & 15) - 8);
+        }
+        f[v] = Isa::add(f[v], Isa::multiply(Isa::splat(group.value[i]), Isa::load(codes)));
+      }
+    }
+  }
+
+  // total += scale * unit * (sums of (code - 8) q) + zero * (sum of x), of one row and group.
+  static inline __attribute__((always_inline)) void apply(const Block& block, const uint8_t* bytes,
+                                                          const QParams& qp, const Group& group,
+                                                          const Ints (&sums)[4], float* totals) {
+    const Vec unit = Isa::splat(group.unit), sum = Isa::splat(group.total);
+    Vec f[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) f[v] = Isa::multiply(Isa::to_float(sums[v]), unit);
+    if (__builtin_expect(group.count != 0, 0)) add_outliers(block, bytes, group, f);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vec total = Isa::fma(qp.scale[v], f[v], Isa::load(totals + v * kLanes));
+      Isa::store(totals + v * kLanes, Isa::fma(qp.zero[v], sum, total));
+    }
+  }
+
+  // A group of a block times `Rows` rows. Each of `passes` over the group asks for its share of what lies
+  // ahead: memory has to work during all of them.
+  template <int Rows, class Expander>
+  __attribute__((noinline)) static void multiply_group(const Problem& p, const Block& block, const Expander& expander, int64_t s,
+                             int64_t row, int pass, int passes, const QParams& qp, float* totals) {
+    const Expander expand = expander;  // in registers
+    const uint8_t* const bytes = block.bytes + s * p.step * block.column_bytes;
+    const int32_t share = p.step * block.column_bytes / passes;
+    const uint8_t* ahead = bytes + kPrefetch + pass * share;
+    const int16_t* x = packed_row(p, s, row);
+    const Group* group = groups(p, s) + row;
+    Ints acc[Rows][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      acc[r][0] = acc[r][3] = Isa::splat_int(group[r].start);
+      acc[r][1] = acc[r][2] = Isa::splat_int(group[r].start_of_bytes);
+    }
+    const uint8_t* at = bytes;
+    const int32_t line = 64 / passes;
+    for (int32_t k = 0; k < p.step; k += 2 * Isa::kPairs) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      ahead += line;
+#pragma GCC unroll 2
+      for (int pair = 0; pair < Isa::kPairs; ++pair) {
+        Ints w[4];
+        expand(at, w);
+        at += 2 * block.column_bytes;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          int32_t both;
+          memcpy(&both, x + r * p.step + k + 2 * pair, sizeof both);
+          const Ints broadcast = Isa::splat_int(both);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v) Isa::dot(acc[r][v], w[v], broadcast);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Ints sums[4] = {acc[r][0], Isa::subtract(acc[r][2], Isa::times_16(acc[r][3])),
+                            Isa::over_16(Isa::subtract(acc[r][1], acc[r][0])), acc[r][3]};
+      apply(block, bytes, qp, group[r], sums, totals + r * kBlock);
+    }
+  }
+
+  template <bool Whole>
+  static void multiply_block(const Problem& p, const Task& t, const Block& block, float* totals) {
+    const typename Isa::template Expander<Whole> expander(block.column_bytes);
+    const int64_t rows = t.row_end - t.row;
+    const int passes = static_cast<int>((rows + Isa::kRows - 1) / Isa::kRows);
+    for (int64_t s = t.step; s < t.step_end; ++s) {
+      prefetch_qparams(p, block, s);
+      const QParams qp = qparams(p, block, s * p.step);
+      for (int pass = 0; pass < passes; ++pass) {
+        const int64_t begin = rows * pass / passes;
+        const int64_t count = rows * (pass + 1) / passes - begin;
+        with_rows<Isa::kRows>(count, [&]<int Rows>() {
+          multiply_group<Rows>(p, block, expander, s, t.row + begin, pass, passes, qp,
+                               totals + begin * kBlock);
+        });
+      }
+    }
+  }
+
+  static void multiply(const Problem& p, const Task& t, float* totals) {
+    const Block block = block_at(p, t.block);
+    memset(totals, 0, sizeof(float) * (t.row_end - t.row) * kBlock);
+    if (block.whole) {
+      multiply_block<true>(p, t, block, totals);
+    } else {
+      multiply_block<false>(p, t, block, totals);
+    }
+  }
+
+  static int64_t spin(int64_t rounds) {
+    Ints x = Isa::splat_int(0x01230123);
+    Ints acc[Isa::kRows][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[r][v] = Isa::splat_int(0);
+    }
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 6
+      for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          __asm__ volatile("" : "+x"(x));  // or equal products are computed once
+          Isa::dot(acc[r][v], x, x);
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) __asm__ volatile("" ::"x"(acc[r][v]));
+    }
+    return INT64_C(2) * Isa::kRows * 4 * kLanes * 2;
+  }
+};
+
+// The kernel of an instruction set.
+template <class Isa>
+constexpr int4cpu::Kernel int16_kernel(const char* name) {
+  using Here = Int16<Isa>;
+  return {
+      .name = name,
+      .block_rows = Here::kBlock,
+      .max_step = Here::kMaxStep,
+      .element_bytes = sizeof(int16_t),
+      .record_bytes = sizeof(Group),
+      .row_multiple = 1,
+      .task_rows = int4cpu::kFewTaskRows,
+      .tile_rows = Isa::kRows,
+      .chunk_columns = int4cpu::kChunkColumns,
+      .pack_rows = &Here::pack_rows,
+      .multiply = &Here::multiply,
+      .store = &Here::store,
+      .spin = &Here::spin,
+  };
+}
+
+}  // namespace

@@ -1,0 +1,42 @@
+// What the 16-bit kernels of 512 bits share: two columns of a block of 64 rows in one vector.
+#pragma once
+
+#include "int16.h"
+#include "vec512.h"
+
+namespace {
+
+// The words of a vector are bytes of columns k and k + 1: of each pair, to the sums that `Int16` takes.
+inline void split_bytes(__m512i bytes, __m512i (&w)[4]) {
+  w[0] = _mm512_and_si512(bytes, _mm512_set1_epi16(0x000F));
+  w[1] = _mm512_and_si512(bytes, _mm512_set1_epi16(0x00FF));
+  w[2] = _mm512_srli_epi16(bytes, 8);
+  w[3] = _mm512_srli_epi16(bytes, 12);
+}
+
+struct Ints512 : Vec512 {
+  using Ints = __m512i;
+  static constexpr int kRows = 6;
+  static constexpr int kPairs = 1;
+
+  static Ints splat_int(int32_t value) { return _mm512_set1_epi32(value); }
+  static Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  static Ints times_16(Ints a) { return _mm512_slli_epi32(a, 4); }
+  static Ints over_16(Ints a) { return _mm512_srai_epi32(a, 4); }
+  static Vec to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+};
+
+// Assembly, because GCC 12 copies every accumulator of the intrinsics in a loop, which makes it spill.
+struct Vnni512 {
+  static void dot(__m512i& sum, __m512i w, __m512i x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  }
+};
+
+struct Madd512 {
+  static void dot(__m512i& sum, __m512i w, __m512i x) {
+    __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(_mm512_madd_epi16(w, x)));
+  }
+};
+
+}  // namespace

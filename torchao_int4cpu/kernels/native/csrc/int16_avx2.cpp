@@ -1,0 +1,77 @@
+// 16-bit products with AVX2, with and without AVX-VNNI, on the AVX2 layout.
+#include "int16.h"
+#include "vec256.h"
+
+namespace {
+
+struct Ints256 : Vec256 {
+  using Ints = __m256i;
+  static constexpr int kRows = 2;
+  static constexpr int kPairs = 2;
+
+  static Ints splat_int(int32_t value) { return _mm256_set1_epi32(value); }
+  static Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+  static Ints times_16(Ints a) { return _mm256_slli_epi32(a, 4); }
+  static Ints over_16(Ints a) { return _mm256_srai_epi32(a, 4); }
+  static Vec to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
+
+  // A half of a vector holds 8 bytes of both columns, so rows lie in runs of 4.
+  static int nibble(int v, int) { return v >> 1; }
+  static int byte(int v, int lane) { return lane / 4 * 8 + (v & 1) * 4 + lane % 4; }
+  static Vec take(const float* block, int v) {
+    const float* from = block + (v >> 1) * 16 + (v & 1) * 4;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 8), 1);
+  }
+  static void put(float* block, int v, Vec value) {
+    float* to = block + (v >> 1) * 16 + (v & 1) * 4;
+    _mm_storeu_ps(to, _mm256_castps256_ps128(value));
+    _mm_storeu_ps(to + 8, _mm256_extractf128_ps(value, 1));
+  }
+
+  template <bool Whole>
+  class Expander {
+   public:
+    explicit Expander(int) {
+      alignas(32) uint8_t order[32];
+      for (int i = 0; i < 32; ++i) order[i] = static_cast<uint8_t>(i % 16 / 4 + i % 4 * 4);
+      order_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
+    }
+
+    // A short block is 16 rows, 8 bytes a column.
+    void operator()(const uint8_t* bytes, __m256i (&w)[4]) const {
+      __m256i raw;
+      if constexpr (Whole) {
+        raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+      } else {
+        raw = _mm256_set_m128i(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8)),
+                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+      }
+      const __m256i both = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(raw, 0xD8), order_);
+      w[0] = _mm256_and_si256(both, _mm256_set1_epi16(0x000F));
+      w[1] = _mm256_and_si256(both, _mm256_set1_epi16(0x00FF));
+      w[2] = _mm256_srli_epi16(both, 8);
+      w[3] = _mm256_srli_epi16(both, 12);
+    }
+
+   private:
+    __m256i order_;
+  };
+};
+
+// Assembly: see int16_512.h.
+struct WithoutVnni : Ints256 {
+  static void dot(__m256i& sum, __m256i w, __m256i x) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(w, x)));
+  }
+};
+
+struct WithVnni : Ints256 {
+  static void dot(__m256i& sum, __m256i w, __m256i x) {
+    __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+  }
+};
+
+}  // namespace
+
+const int4cpu::Kernel int4cpu::kInt16Avx2 = int16_kernel<WithoutVnni>("int16_avx2");
+const int4cpu::Kernel int4cpu::kInt16AvxVnni = int16_kernel<WithVnni>("int16_avx_vnni");
