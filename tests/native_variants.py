@@ -42,7 +42,8 @@ def runnable_libraries() -> dict[str, NativeLibrary]:
         except BuildError as error:
             warnings.warn(f"AMX is not tested: {error}", stacklevel=1)
         else:
-            found["amx"] = NativeLibrary(path)
+            emulated = NativeLibrary(path)
+            found |= {name: emulated for name in emulated.kernels if name not in found}
     return found
 
 

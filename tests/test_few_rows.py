@@ -196,11 +196,13 @@ def test_instruction_sets_do_not_matter(name: str, dtype: torch.dtype) -> None:
 
 def test_every_kernel_leaves_few_rows_to_these() -> None:
     for name, library in runnable_libraries().items():
-        if name in KERNELS and name != "amx":
-            few = {library.kernel_for(name, m) for m in ROWS}
-            assert len(few) == 1
-            assert few <= set(FEW_ROWS_KERNELS)
-            assert library.kernel_for(name, 1000) == name
+        if name in KERNELS:
+            for group_size in (32, 64, 128, 256):
+                few = [library.kernel_for(name, m, group_size) for m in ROWS]
+                assert set(few) <= set(FEW_ROWS_KERNELS)
+                tiles = [m for m, kernel in zip(ROWS, few) if kernel == "int8_amx"]
+                assert tiles == ([*range(5, 17)] if name == "amx" and group_size >= 64 else [])
+                assert library.kernel_for(name, 1000, group_size) == name
 
 
 @dtypes

@@ -37,7 +37,9 @@ def test_info_says_what_runs_and_why(capsys: pytest.CaptureFixture[str], kernel:
         assert re.search(r"more rows +prefill ", out)
     else:
         assert native_line
-        assert re.search(rf"layout '{layout}', M <= \d+ +native +integer .*\(int16_\w+\)", out)
+        assert re.search(
+            rf"layout '{layout}', M <= \d+ +native +products of integers .*\(int16_\w+\)", out
+        )
         assert not aten
 
 

@@ -202,13 +202,13 @@ def test_few_rows_go_to_the_best_kernel_that_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = runnable_libraries()
-    for kernel, few in (("avx2", FEW_ROWS_KERNELS[:2]), ("avx512", FEW_ROWS_KERNELS[2:])):
+    for kernel, few in (("avx2", FEW_ROWS_KERNELS[:2]), ("avx512", FEW_ROWS_KERNELS[2:5])):
         left = [name for name in few if name in whole]
         if not left:
             continue
         best = left.pop()
-        assert whole[kernel].kernel_for(kernel, 1) == best
+        assert whole[kernel].kernel_for(kernel, 1, 32) == best
         library = _damaged(best, tmp_path / f"{best}.so", monkeypatch)
         assert library.failed == (best,)
-        assert library.kernel_for(kernel, 1) == (left.pop() if left else kernel)
-        assert library.kernel_for(kernel, 10**6) == kernel
+        assert library.kernel_for(kernel, 1, 32) == (left.pop() if left else kernel)
+        assert library.kernel_for(kernel, 10**6, 32) == kernel

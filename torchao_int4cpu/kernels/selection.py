@@ -312,20 +312,18 @@ def kernel_choices() -> list[KernelChoice]:
 
 
 def _native_choices(layout: str, kernel: str) -> list[KernelChoice]:
-    """The lines of a layout: runs of rows with one kernel."""
+    """The lines of a layout: runs of rows with one kernel, for groups of 128."""
     assert not isinstance(LIBRARY, Unavailable)
-    few = LIBRARY.kernel_for(kernel, 1)
-    many = f"{_NATIVE_REASONS[kernel]} ({kernel})"
-    if few == kernel:
-        return [KernelChoice(f"layout {layout!r}, any M", "native", many)]
-    most = 1
-    while LIBRARY.kernel_for(kernel, most + 1) != kernel:
-        most += 1
-    reason = "integer products of 16-bit x, the same numbers on every CPU"
-    return [
-        KernelChoice(f"layout {layout!r}, M <= {most}", "native", f"{reason} ({few})"),
-        KernelChoice(f"layout {layout!r}, more rows", "native", many),
-    ]
+    lines, first, m = [], 1, 1
+    while (name := LIBRARY.kernel_for(kernel, first, 128)) != kernel:
+        while LIBRARY.kernel_for(kernel, m + 1, 128) == name:
+            m += 1
+        rows = f"layout {layout!r}, M <= {m}"
+        reason = "products of integers with 16-bit x, the same numbers on every CPU"
+        lines.append(KernelChoice(rows, "native", f"{reason} ({name})"))
+        first = m = m + 1
+    rows = f"layout {layout!r}, " + ("more rows" if lines else "any M")
+    return [*lines, KernelChoice(rows, "native", f"{_NATIVE_REASONS[kernel]} ({kernel})")]
 
 
 _NATIVE_REASONS = {

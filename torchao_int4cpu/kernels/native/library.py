@@ -33,12 +33,13 @@ FEW_ROWS_KERNELS = (
     "int16_avx512",
     "int16_avx512_vnni",
     "int16_vbmi",
+    "int8_amx",
 )
 
 #: By layout: the kernels that read it, best first.
 KERNELS_OF_LAYOUT = {"avx512": ("amx", "avx512_bf16", "avx512"), "avx2": ("avx2",), "default": ()}
 FEW_ROWS_KERNELS_OF_LAYOUT = {
-    "avx512": ("int16_vbmi", "int16_avx512_vnni", "int16_avx512"),
+    "avx512": ("int8_amx", "int16_vbmi", "int16_avx512_vnni", "int16_avx512"),
     "avx2": ("int16_avx_vnni", "int16_avx2"),
     "default": (),
 }
@@ -99,7 +100,7 @@ class NativeLibrary:
         library.int4cpu_plan.argtypes = [i32, i64, i64, i64, i32, i32, ctypes.POINTER(i64)]
         library.int4cpu_spin.argtypes = [i32, i32, i64]
         library.int4cpu_spin.restype = i64
-        library.int4cpu_kernel_for.argtypes = [i32, i64]
+        library.int4cpu_kernel_for.argtypes = [i32, i64, i32]
         library.int4cpu_use_runtime.argtypes = [pointer, pointer]
         mm = library.int4cpu_mm
         mm.argtypes = [ctypes.c_char_p]
@@ -122,9 +123,9 @@ class NativeLibrary:
                 self._library.int4cpu_exclude(_INDEX[name])
         return tuple(failed)
 
-    def kernel_for(self, kernel: str, m: int) -> str:
+    def kernel_for(self, kernel: str, m: int, group_size: int) -> str:
         """The kernel that multiplies ``m`` rows when one of `KERNELS` is asked for."""
-        return _NAMES[self._library.int4cpu_kernel_for(_INDEX[kernel], m)]
+        return _NAMES[self._library.int4cpu_kernel_for(_INDEX[kernel], m, group_size)]
 
     def _plain_products(self, kernels: Sequence[str]) -> dict[str, Callable[..., Tensor | None]]:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):

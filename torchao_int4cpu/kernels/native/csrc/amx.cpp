@@ -4,90 +4,14 @@
 // want. Sums of a step leave the tiles through memory, and meet scale and zero there.
 #include "bf16.h"
 #include "gemm.h"
+#include "tiles.h"
 
 namespace {
 
 using Here = Gemm<Bf16>;
 
-constexpr int kTile = 16;         // rows of a tile
 constexpr int kTileColumns = 32;  // bfloat16 values in a row of a tile
 constexpr int kRows = 2 * kTile;  // rows of x that share one read of the panel
-
-// Layout of Intel's palette 1: bytes of a row and rows, for 8 tiles.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-#ifndef INT4CPU_EMULATE_AMX
-
-// Not the compiler's own macros: those tell it of 8 of the 64 bytes of the configuration, and do not
-// tell it that a load of a tile reads memory, so it may move or drop what was written before.
-#define TILE_BEGIN(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
-#define TILE_END() __asm__ volatile("tilerelease" ::: "memory")
-#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
-#define TILE_LOAD(tile, from, stride)                           \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), \
-                   "r"(static_cast<int64_t>(stride))            \
-                   : "memory")
-#define TILE_STORE(tile, to, stride)                             \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), \
-                   "r"(static_cast<int64_t>(stride))             \
-                   : "memory")
-#define TILE_DOT(sum, x, w) \
-  __asm__ volatile("tdpbf16ps %%tmm" #w ", %%tmm" #x ", %%tmm" #sum ::)
-
-#else
-
-// The same instructions in plain C++, after Intel's manual, to test this kernel on a CPU without them.
-thread_local float emulated[8][kTile][kTile];
-
-float to_float(const void* bfloat16) {
-  uint16_t half;
-  memcpy(&half, bfloat16, sizeof half);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-void emulate_load(int tile, const void* from, int64_t stride) {
-  for (int r = 0; r < kTile; ++r) {
-    memcpy(emulated[tile][r], static_cast<const char*>(from) + r * stride, 64);
-  }
-}
-
-void emulate_store(int tile, void* to, int64_t stride) {
-  for (int r = 0; r < kTile; ++r) {
-    memcpy(static_cast<char*>(to) + r * stride, emulated[tile][r], 64);
-  }
-}
-
-void emulate_dot(int sum, int x, int w) {
-  for (int r = 0; r < kTile; ++r) {
-    for (int pair = 0; pair < kTile; ++pair) {
-      const char* a = reinterpret_cast<const char*>(&emulated[x][r][pair]);
-      for (int c = 0; c < kTile; ++c) {
-        const char* b = reinterpret_cast<const char*>(&emulated[w][pair][c]);
-        emulated[sum][r][c] += to_float(a) * to_float(b);
-        emulated[sum][r][c] += to_float(a + 2) * to_float(b + 2);
-      }
-    }
-  }
-}
-
-#define TILE_BEGIN(config) static_cast<void>(config)
-#define TILE_END() static_cast<void>(0)
-#define TILE_ZERO(tile) memset(emulated[tile], 0, sizeof emulated[tile])
-#define TILE_LOAD(tile, from, stride) emulate_load(tile, from, stride)
-#define TILE_STORE(tile, to, stride) emulate_store(tile, to, stride)
-#define TILE_DOT(sum, x, w) emulate_dot(sum, x, w)
-
-#endif
 
 constexpr int64_t kPanelStride = 4 * 64;            // bytes from one pair of columns to the next
 constexpr int64_t kSumStride = Here::kBlock * 4;    // bytes from one row of sums to the next

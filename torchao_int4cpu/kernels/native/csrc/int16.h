@@ -144,30 +144,49 @@ struct Int16 : Blocks<Isa> {
     return static_cast<Group*>(p.records) + step * p.packed_rows;
   }
 
+  // Where q of a group is kept.
+  using Place = void (*)(const Problem& p, int64_t step, int64_t row, const int16_t* q);
+
+  static void place(const Problem& p, int64_t step, int64_t row, const int16_t* q) {
+    memcpy(packed_row(p, step, row), q, sizeof(int16_t) * p.step);
+  }
+
   // Returns the largest magnitude; `fits` becomes false if a group has too many outliers.
+  template <Place Put>
   static float pack_row(const Problem& p, int64_t row, float factor, bool& fits) {
     alignas(64) float x[kMaxStep];
+    alignas(64) int16_t q[kMaxStep] = {};
     uint32_t most = 0;
     for (int64_t s = 0; s < p.steps; ++s) {
       const uint32_t bits = Base::load_x(p, row, s * p.step, factor, x);
       most = bits > most ? bits : most;
       if (bits > magnitude_bits(kLargest)) {  // another factor is needed, or the row is not finite
-        memset(packed_row(p, s, row), 0, sizeof(int16_t) * p.step);
         groups(p, s)[row] = {};
-        continue;
+      } else {
+        fits = pack_group(x, p.step, bits, q, groups(p, s)[row]) && fits;
       }
-      fits = pack_group(x, p.step, bits, packed_row(p, s, row), groups(p, s)[row]) && fits;
+      Put(p, s, row, q);
     }
     return from_bits(most);
   }
 
+  template <Place Put>
   static void pack_rows(const Problem& p, int64_t row, int64_t row_end) {
     for (; row < row_end; ++row) {
+      if (row >= p.m) {
+        const int16_t q[kMaxStep] = {};
+        p.row_factor[row] = 1.0F;
+        for (int64_t s = 0; s < p.steps; ++s) {
+          groups(p, s)[row] = {};
+          Put(p, s, row, q);
+        }
+        continue;
+      }
       bool fits = true;
-      const float factor = row_factor_for(pack_row(p, row, 1.0F, fits));
+      const float factor = row_factor_for(pack_row<Put>(p, row, 1.0F, fits));
       if (factor != 0.0F && factor != 1.0F) {
         fits = true;
-        pack_row(p, row, factor, fits);
+        pack_row<Put>(p, row, factor, fits);
       }
       p.row_factor[row] = fits ? factor : -factor;
     }
@@ -321,7 +340,7 @@ constexpr int4cpu::Kernel int16_kernel(const char* name) {
       .task_rows = int4cpu::kFewTaskRows,
       .tile_rows = Isa::kRows,
       .chunk_columns = int4cpu::kChunkColumns,
-      .pack_rows = &Here::pack_rows,
+      .pack_rows = &Here::template pack_rows<&Here::place>,
       .multiply = &Here::multiply,
       .store = &Here::store,
       .spin = &Here::spin,

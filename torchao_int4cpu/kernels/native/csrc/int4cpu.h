@@ -113,6 +113,7 @@ extern const Kernel kInt16AvxVnni;
 extern const Kernel kInt16Avx512;
 extern const Kernel kInt16Avx512Vnni;
 extern const Kernel kInt16Vbmi;
+extern const Kernel kInt8Amx;
 
 }  // namespace int4cpu
 
