@@ -215,7 +215,13 @@ def zeros_like(
         if part.optional and of_weight is not None:
             entries = shape[-1:] if of_weight.numel() > 1 else of_weight.shape
             optional[part.name] = of_weight.new_full(entries, part.default, device=device)
-    empty = type(weight).empty(shape, weight.group_size, dtype or weight.dtype, device=device)
+    empty = type(weight).empty(
+        shape,
+        weight.group_size,
+        dtype or weight.dtype,
+        device=device,
+        qparams_dtype=weight.scale_and_zero.dtype,
+    )
     zeros = empty.with_parts(
         empty.parts() | optional, shape, provenance=Provenance(filled_by_cuts=True)
     )
