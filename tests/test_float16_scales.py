@@ -308,6 +308,33 @@ def test_weights_of_two_dtypes_do_not_meet(how: str, first: torch.dtype) -> None
     assert joined.scale_and_zero.dtype == first
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("border", [32, 40])
+def test_zeros_take_the_dtype_of_what_is_copied_first(border: int, transposed: bool) -> None:
+    """As vLLM fills a weight that it allocated before it knew the file: by cuts of ``.data``."""
+    whole: Any = nn.Parameter(weight(qparams_dtype=BF16).new_zeros([N, K]), requires_grad=False)
+    before = whole[64:]
+    target, source = (whole.t(), weight().t()) if transposed else (whole, weight())
+    dim = 1 if transposed else 0
+    for start, stop in ((0, border), (border, N)):
+        target.data.narrow(dim, start, stop - start).copy_(source.narrow(dim, start, stop - start))
+    for t in (whole, nn.Parameter(whole, requires_grad=False)):
+        assert_same(t, weight())
+    assert torch.equal(before.to_groupwise().scale, weight()[64:].to_groupwise().scale)
+    with pytest.raises(ValueError, match=r"where torch.float16 is needed"):
+        whole.data.narrow(0, 0, 32).copy_(weight(qparams_dtype=BF16)[:32])
+    assert_same(whole, weight())
+
+
+def test_numbers_that_came_another_way_keep_their_dtype() -> None:
+    whole = weight(qparams_dtype=BF16).new_zeros([N, K])
+    view = whole[:32]
+    whole.scale_and_zero.copy_(weight(qparams_dtype=BF16).scale_and_zero)
+    with pytest.raises(ValueError, match=r"where torch.bfloat16 is needed"):
+        view.copy_(weight()[:32])
+    assert torch.equal(whole.scale_and_zero, weight(qparams_dtype=BF16).scale_and_zero)
+
+
 def test_a_state_dict_is_assigned() -> None:
     layer = nn.Linear(K, N, bias=False)
     layer.weight = nn.Parameter(weight(qparams_dtype=BF16), requires_grad=False)

@@ -71,12 +71,6 @@ def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
                 f"copy_ got {name} {other} for a 4-bit weight with {name} {mine}; both must agree, "
                 "or load it with load_state_dict(..., assign=True)"
             )
-    check_same_qparams(
-        "copy_",
-        target.scale_and_zero,
-        source.scale_and_zero,
-        "load it with load_state_dict(..., assign=True), or ",
-    )
     layout = LAYOUTS[target.qdata_layout]
     if target.read_only:
         raise ValueError(
@@ -90,6 +84,15 @@ def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
             f"copy_ got a target of shape {list(target.shape)} that was expanded, so all its matrices "
             "are the same one; copy into the weight that was expanded, or into a clone()"
         )
+    filling = target.provenance.filling
+    if filling is not None and not torch.compiler.is_compiling():
+        filling.start(source.scale_and_zero.dtype)
+    check_same_qparams(
+        "copy_",
+        target.scale_and_zero,
+        source.scale_and_zero,
+        "load it with load_state_dict(..., assign=True), or ",
+    )
     into, others = target.parts(), source.parts()
     for part in target.PARTS:
         if part.packed and target.qdata_layout != source.qdata_layout:
