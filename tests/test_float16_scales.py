@@ -436,7 +436,7 @@ def test_what_ranks_compare_has_the_dtype() -> None:
 #: makes, which have scales of 8 bits and of any size.
 _OF_BFLOAT16 = (
     "format_version or stored_of_a_transposed or docstring_draws or transposed_views or padding_idx or "
-    "from_hp_quantizes or rounded_to_bfloat16 or cannot_arrive or other_factors"
+    "from_hp_quantizes or rounded_to_bfloat16 or cannot_arrive or other_factors or gemma3"
 )
 
 
