@@ -53,9 +53,8 @@ def test_a_directory(model: Any, shard: str, tmp_path: Path) -> None:
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "v1": {"layer.weight": (N, K)},
     "v2": {"layer.weight": (2, N, K), "layer.turned": (2, K, N)},
-    **dict.fromkeys(
-        ("v3", "v4"), {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)}
-    ),
+    "v3": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
+    "v4": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
 }
 
 
