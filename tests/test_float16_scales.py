@@ -432,11 +432,13 @@ def test_what_ranks_compare_has_the_dtype() -> None:
 
 # --- everything else ----------------------------------------------------------------------------
 
-#: What can only be of bfloat16 scales: the numbers of format versions, and weights that `quantize_`
-#: makes, which have scales of 8 bits and of any size.
+#: What can only be of bfloat16 scales: the numbers of format versions; weights that `quantize_` makes,
+#: which have scales of 8 bits and of any size; graphs that show PyTorch's op.
 _OF_BFLOAT16 = (
     "format_version or stored_of_a_transposed or docstring_draws or transposed_views or padding_idx or "
-    "from_hp_quantizes or rounded_to_bfloat16 or cannot_arrive or other_factors or gemma3"
+    "from_hp_quantizes or rounded_to_bfloat16 or cannot_arrive or other_factors or gemma3 or "
+    "pytorchs_op or static_batch or any_instruction_set or without_this_package or "
+    "the_program_of_torch_export"
 )
 
 
@@ -475,7 +477,7 @@ def test_other_tests_hold() -> None:
         ),
         ("kernels", "native", "native_threads", "embedding", "expert_kernels", "expert_ops", "experts"),
         ("checkpoint", "safetensors_format", "distributed_checkpoint", "vllm_flow", "saving"),
-        ("compile", "compiled_views", "embedding_graphs", "experts_graphs", "export", "onnx"),
+        ("compile", "compiled_views", "experts_graphs", "export", "onnx"),
         ("fsdp", "ddp", "tensor_parallel", "tensor_parallel_blocks", "huggingface"),
     ],
     ids=lambda names: str(names[0]),
