@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests import SCALES
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.format.layout import NibbleLayout, native_layout, pack
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
@@ -29,7 +30,7 @@ def random_groupwise(n: int, k: int, group_size: int, seed: int = 0) -> Groupwis
     scale = 10 ** (-3 + 2 * torch.rand(n, groups, generator=generator))
     zero = torch.randn(n, groups, generator=generator) * scale * 3
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    return GroupwiseInt4(codes, scale.bfloat16(), zero.bfloat16(), group_size)
+    return GroupwiseInt4(codes, scale.to(SCALES), zero.to(SCALES), group_size)
 
 
 def packed_in(groupwise: GroupwiseInt4, layout: NibbleLayout) -> PackedInt4:

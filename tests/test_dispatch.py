@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import SCALES
 from tests.numerics import assert_int4, product_bound, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named, native_layout
@@ -248,7 +249,7 @@ def test_the_logical_dtype_changes_truly(name: str, mode: Callable[[], Any]) -> 
         assert new.dtype == dtype
         assert new.dequantize().dtype == dtype
         assert torch.equal(new.dequantize(), w.to_groupwise().dequantize(dtype))
-        assert new.scale_and_zero.dtype == torch.bfloat16  # the parts are what the op reads
+        assert new.scale_and_zero.dtype == w.scale_and_zero.dtype == SCALES
         assert new.act_pre_scale is not None
         if dtype != w.dtype:  # a copy shares nothing with its source
             new.qdata.zero_()

@@ -35,7 +35,7 @@ FLOORS = [
 MODULES = {
     "format": ["groupwise", "layout", "packed", "slicing", "checks"],
     "algorithms": ["choose_qparams"],
-    "kernels.portable": ["decode", "prefill", "dequantize"],
+    "kernels.portable": ["prefill", "decode", "dequantize"],
     "kernels.native": ["build", "setup_commands", "library"],
     "kernels": ["selection", "experts"],
     "kernels.ops": ["register", "products", "experts", "dequantize", "slicing"],

@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "v1": {"layer.weight": (N, K)},
     "v2": {"layer.weight": (2, N, K), "layer.turned": (2, K, N)},
     "v3": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
+    "v4": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
 }
 
 
@@ -64,6 +65,7 @@ def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
     for weight in contents.weights:
         assert weight.qdata_layout == name.partition("-")[2]
         assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
+        assert weight.qparams_dtype == ("float16" if name.startswith("v4") else "bfloat16")
         matrices = 1 if len(weight.shape) == 2 else 2
         # codes and scales in groups of 32, where K = 40 takes two; and act_pre_scale
         assert weight.nbytes == matrices * (N * 64 // 2 + N * 2 * 4) + K * 4
@@ -82,6 +84,7 @@ def test_a_file_of_torch_save(name: str, file: str) -> None:
     for weight in contents.weights:
         assert weight.qdata_layout == name.partition("-")[2]
         assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
+        assert weight.qparams_dtype == ("float16" if name.startswith("v4") else "bfloat16")
     assert contents.verified > 3
     assert (contents.others, contents.problems) == ([], [])
 

@@ -111,11 +111,11 @@ TypeError: cannot convert a 4-bit weight to torch.float64; its dtype is bfloat16
             ),
             """\
 ValueError: scale_and_zero has shape [2, 48, 2]; a weight of shape [40, 70] in groups of 32 needs [3, 48, 2], so take the parts from one Int4OpaqueTensor
-TypeError: scale_and_zero is torch.float32; it must be a torch.bfloat16 tensor
+TypeError: scale_and_zero is torch.float32; it must be a torch.bfloat16 or torch.float16 tensor, so make the weight with Int4OpaqueTensor.from_groupwise, which rounds them to one of the two
 ValueError: qdata has shape [16, 48]; a weight of shape [40, 70] in groups of 32 needs [48, 48], so take the parts from one Int4OpaqueTensor
 ValueError: layout 'sse' is not known; choose 'avx512', 'avx2', 'default'
 ValueError: act_pre_scale has shape [3]; it must have one element or shape [70]
-ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 3, so the file is damaged or was not written by torchao_int4cpu
+ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 4, so the file is damaged or was not written by torchao_int4cpu
 TypeError: copy_ got a source that is torch.float32 of class Tensor and not 4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, or load it with load_state_dict(..., assign=True)
 TypeError: got a torch.Tensor; from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor""",
         )

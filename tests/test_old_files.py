@@ -1,11 +1,12 @@
 """Files that earlier versions wrote must load for ever: one set a format version and layout, kept here.
 
-``ATEN_CPU_CAPABILITY=avx2 python -m tests.test_old_files`` writes the set of the version in use; it is
+``ATEN_CPU_CAPABILITY=avx2 python -m tests.test_old_files`` writes the set of the newest version; it is
 run once, when the format changes, and what it wrote is never touched again.
 
 Version 1 holds a matrix; version 2 a stack of two, and a transposed view of it; version 3 all of them.
 Version 3 is one of pickles: they name the classes ``torchao_int4cpu.Int4OpaqueTensor`` and so on. What
-is not pickled says 1 or 2 still, and so do safetensors files of version 3.
+is not pickled says 1 or 2 still, and so do safetensors files of version 3. Version 4 is the one of
+float16 scales and zeros, of which bfloat16 can hold none; other weights are written as in version 3.
 
 The modules of version 2 are pickled with the names of the modules that the classes were in then.
 """
@@ -17,6 +18,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ from torchao_int4cpu.tensor.module_repr import ExtraRepr
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 FILES = Path(__file__).parent / "fixtures"
-SETS = [f"v{version}-{layout}" for version in (1, 2, 3) for layout in ("avx512", "avx2", "default")]
+SETS = [f"v{version}-{layout}" for version in (1, 2, 3, 4) for layout in ("avx512", "avx2", "default")]
 
 #: One full block of each layout, and a last group that is short.
 N, K, GROUP_SIZE = 64, 40, 32
@@ -51,9 +53,19 @@ def value(shift: int = 0) -> GroupwiseInt4:
     return GroupwiseInt4(codes, 2.0 ** (groups % 7 - 9), (groups % 11 - 5) / 64, GROUP_SIZE)
 
 
-def stack_value() -> GroupwiseInt4:
+def float16_value(shift: int = 0) -> GroupwiseInt4:
+    """The same codes; scales and zeros that need all bits of float16, some of them below its range."""
+    groups = torch.arange(shift, shift + N * 2).view(N, 2)
+    mantissas = 1025 + 2 * (groups * 37 % 500)
+    normal = mantissas * 2.0 ** (groups % 9 - 20)
+    tiny = (257 + 2 * (groups % 100)) * 2.0**-24
+    scales = torch.where(groups % 5 == 0, tiny, normal).half()
+    return GroupwiseInt4(value(shift).codes, scales, -scales.flip(0), GROUP_SIZE)
+
+
+def stack_value(matrix: Callable[[int], GroupwiseInt4] = value) -> GroupwiseInt4:
     """Two different matrices."""
-    both = value(), value(N * K)
+    both = matrix(0), matrix(N * K)
     codes, scales, zeros = (
         torch.stack([getattr(v, name) for v in both]) for name in ("codes", "scale", "zero")
     )
@@ -77,38 +89,53 @@ def turned() -> Int4TransposedTensor:
     return view
 
 
+def float16_weight(value: GroupwiseInt4) -> Int4OpaqueTensor:
+    return Int4OpaqueTensor.from_groupwise(
+        value, dtype=torch.float16, act_pre_scale=scale(), qparams_dtype=torch.float16
+    )
+
+
 def state_of(name: str) -> dict[str, Tensor]:
     """What the files of a set hold."""
     states: dict[str, dict[str, Tensor]] = {
         "v1": {"layer.weight": weight()},
         "v2": {"layer.weight": stack(), "layer.turned": turned()},
         "v3": {"layer.weight": weight(), "layer.stack": stack(), "layer.turned": turned()},
+        "v4": {
+            "layer.weight": float16_weight(float16_value()),
+            "layer.stack": float16_weight(stack_value(float16_value)),
+            "layer.turned": float16_weight(stack_value(float16_value)).transpose(-2, -1),
+        },
     }
     return states[name[:2]]
 
 
-def module() -> nn.Linear:
+def module(name: str) -> nn.Linear:
     """A layer with a 4-bit weight, which shows it when it is printed."""
     layer = nn.Linear(K, N, bias=False)
-    layer.weight = nn.Parameter(weight(), requires_grad=False)
+    w = float16_weight(float16_value()) if name.startswith("v4") else weight()
+    layer.weight = nn.Parameter(w, requires_grad=False)
     layer.extra_repr = ExtraRepr(layer)  # type: ignore[method-assign]
     return layer
 
 
-def check(loaded: object, *, stacked: bool, view: bool = False) -> None:
-    """Check one weight from a file of a set."""
+def check(loaded: object, name: str, *, stacked: bool, view: bool = False) -> None:
+    """Check one weight from a file of that set."""
     assert isinstance(loaded, Int4TransposedTensor if view else Int4OpaqueTensor)
     w = loaded.untransposed() if isinstance(loaded, Int4TransposedTensor) else loaded
     assert isinstance(w, Int4OpaqueTensor)
-    expected = stack_value() if stacked else value()
+    new = name.startswith("v4")
+    matrix = float16_value if new else value
+    expected = stack_value(matrix) if stacked else matrix()
+    assert w.scale_and_zero.dtype == (torch.float16 if new else torch.bfloat16)
     assert w.shape == expected.shape
     for matrix in [w] if w.ndim == 2 else w:
         assert_int4(matrix, (N, K), GROUP_SIZE)
     assert w.qdata_layout == native().name
     assert w.dtype == loaded.dtype == torch.float16
     assert torch.equal(w.to_groupwise().codes, expected.codes)
-    assert torch.equal(w.to_groupwise().scale.float(), expected.scale)
-    assert torch.equal(w.to_groupwise().zero.float(), expected.zero)
+    assert torch.equal(w.to_groupwise().scale.float(), expected.scale.float())
+    assert torch.equal(w.to_groupwise().zero.float(), expected.zero.float())
     assert w.act_pre_scale is not None
     assert torch.equal(w.act_pre_scale, scale())
 
@@ -117,7 +144,7 @@ def check_state(state: dict[str, Tensor], name: str) -> None:
     assert set(state) == set(state_of(name))
     for key, loaded in state.items():
         stacked = key != "layer.weight" or name.startswith("v2")
-        check(loaded, stacked=stacked, view=key == "layer.turned")
+        check(loaded, name, stacked=stacked, view=key == "layer.turned")
 
 
 def write(folder: Path) -> None:
@@ -129,8 +156,8 @@ def write(folder: Path) -> None:
     tensors, metadata = flatten_tensor_state_dict(state)
     save_file(tensors, folder / "model.safetensors", metadata)
     state_dict_saver.save(state, checkpoint_id=folder / "dcp", no_dist=True)
-    torch.save(module(), folder / "module.pt")
-    (folder / "module.pickle").write_bytes(pickle.dumps(module()))
+    torch.save(module(folder.name), folder / "module.pt")
+    (folder / "module.pickle").write_bytes(pickle.dumps(module(folder.name)))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -139,7 +166,7 @@ def test_torch_load(name: str, mmap: bool) -> None:
     check_state(torch.load(FILES / name / "state.pt", weights_only=True, mmap=mmap), name)
     parameter = torch.load(FILES / name / "parameter.pt", weights_only=True, mmap=mmap)
     assert isinstance(parameter, nn.Parameter)
-    check(parameter, stacked=not name.startswith("v1"), view=not name.startswith("v1"))
+    check(parameter, name, stacked=not name.startswith("v1"), view=not name.startswith("v1"))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -174,7 +201,7 @@ def test_whole_modules(name: str) -> None:
         safe = torch.load(folder / "module.pt", weights_only=True)
     whole = torch.load(folder / "module.pt", weights_only=False)
     for layer in (safe, whole, pickle.loads((folder / "module.pickle").read_bytes())):
-        check(layer.weight, stacked=False)
+        check(layer.weight, name, stacked=False)
         assert isinstance(layer.extra_repr, ExtraRepr)
         assert "weight=Int4OpaqueTensor(shape=[64, 40]" in repr(layer)
 
@@ -182,12 +209,13 @@ def test_whole_modules(name: str) -> None:
 def test_pickles_name_the_package_and_no_module_of_it() -> None:
     for name in SETS:
         text = pickled(FILES / name / "parameter.pt")
-        assert (b"ctorchao_int4cpu.t" not in text) == name.startswith("v3"), name
+        assert (b"ctorchao_int4cpu.t" not in text) == (name[:2] in ("v3", "v4")), name
 
 
-def test_files_are_written_as_before(tmp_path: Path) -> None:
-    """Whoever reads the version in use reads them; what torch writes around pickles is its own."""
-    old = FILES / f"v{FORMAT_VERSION}-{native().name}"
+@pytest.mark.parametrize("version", [3, 4])
+def test_files_are_written_as_before(version: int, tmp_path: Path) -> None:
+    """Whoever reads the version reads them; what torch writes around pickles is its own."""
+    old = FILES / f"v{version}-{native().name}"
     new = tmp_path / old.name
     write(new)
     for file in ("state.pt", "parameter.pt"):
@@ -228,9 +256,15 @@ def test_the_sets_really_lie_in_the_layout_that_they_are_named_after() -> None:
             stored[name] = file.get_tensor("layer._weight_qdata").flatten()
             written = json.loads(file.metadata()["layer.weight"])["_data"]
         assert written["qdata_layout"] == name.partition("-")[2]
-        assert written["format_version"] == (2 if name.startswith("v2") else 1)
-    # Version 3 has the matrix of version 1.
-    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS) - 3
+        assert written["format_version"] == {"v2": 2, "v4": 4}.get(name[:2], 1)
+    # Versions 3 and 4 have the codes of version 1.
+    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS) - 6
+
+
+def test_the_float16_scales_need_all_of_their_bits() -> None:
+    for numbers in (stack_value(float16_value).scale, stack_value(float16_value).zero):
+        assert not (numbers.bfloat16().double() == numbers.double()).any()
+        assert 0 < int((numbers.abs() < torch.finfo(torch.float16).tiny).sum()) < numbers.numel() // 2
 
 
 if __name__ == "__main__":

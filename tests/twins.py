@@ -172,8 +172,8 @@ class Twin:
         return replace(
             self,
             codes=torch.full((*stack, n, k), 8, dtype=torch.uint8),
-            scale=torch.zeros(*stack, n, groups, dtype=torch.bfloat16),
-            zero=torch.zeros(*stack, n, groups, dtype=torch.bfloat16),
+            scale=torch.zeros(*stack, n, groups, dtype=self.scale.dtype),
+            zero=torch.zeros(*stack, n, groups, dtype=self.scale.dtype),
             layout=native().name,
             pre_scale=scale,
             read_only=False,

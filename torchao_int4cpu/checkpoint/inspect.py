@@ -39,6 +39,7 @@ class Weight:
         group_size: codes that share a scale.
         qdata_layout: how the bytes lie in the file; loading repacks them for the CPU that loads.
         dtype: the logical one.
+        qparams_dtype: of scales and zeros.
         nbytes: of all parts in the file.
     """
 
@@ -47,6 +48,7 @@ class Weight:
     group_size: int
     qdata_layout: str
     dtype: str
+    qparams_dtype: str
     nbytes: int
 
 
@@ -196,8 +198,10 @@ def _weight(
 
 def _described(name: str, t: Int4Weight, layout: str, size: int) -> Weight:
     weight = weight_of(t)
-    dtype = str(t.dtype).removeprefix("torch.")
-    return Weight(name, tuple(t.shape), weight.group_size, layout, dtype, size)
+    dtype, qparams_dtype = (
+        str(part.dtype).removeprefix("torch.") for part in (t, weight.scale_and_zero)
+    )
+    return Weight(name, tuple(t.shape), weight.group_size, layout, dtype, qparams_dtype, size)
 
 
 def _dtype(entry: Any) -> object:

@@ -24,8 +24,11 @@ from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
 #: Raised whenever a reader of the old format could not read the new one. 2 brought stacks and
 #: transposed views; with 3, pickles name the classes ``torchao_int4cpu.Int4OpaqueTensor`` and so on,
-#: wherever the modules are. What is not pickled is still written as 1 or 2.
-FORMAT_VERSION = 3
+#: wherever the modules are. 4 is that of weights with float16 scales and zeros, and of no others.
+#: Whatever an old reader could read is written in the oldest version that has it.
+FORMAT_VERSION = 4
+
+_FLOAT16_VERSION = 4
 
 #: Fields that are no part of a file: a loaded weight is one of its own.
 _NOT_SAVED = frozenset(("_packed", "provenance", "split_from"))
@@ -38,12 +41,17 @@ def get_state(t: Int4OpaqueTensor) -> dict[str, Any]:
     state = {name: value for name, value in t.__dict__.items() if name not in _NOT_SAVED}
     if t.ndim == 3 and t.shape[0] > 1 and t.qdata.stride(0) == 0:  # expanded: see `_check_own_bytes`
         state |= {"qdata": t.qdata.contiguous(), "scale_and_zero": t.scale_and_zero.contiguous()}
-    return state | {"format_version": FORMAT_VERSION}
+    return state | {"format_version": _version(t, 3)}
 
 
 def version_of(t: Int4Weight) -> int:
     """The oldest version that can hold it outside of a pickle: old readers read what they can."""
-    return 1 if isinstance(t, Int4OpaqueTensor) and t.ndim == 2 else 2
+    return _version(t, 1 if isinstance(t, Int4OpaqueTensor) and t.ndim == 2 else 2)
+
+
+def _version(t: Int4Weight, oldest: int) -> int:
+    """``oldest``, which holds bfloat16 scales, or the one of float16 scales."""
+    return _FLOAT16_VERSION if t.scale_and_zero.dtype == torch.float16 else oldest
 
 
 def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
@@ -55,7 +63,7 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
         TypeError, ValueError: the state is not one that `get_state` writes, it was written by a newer
             format, or its parts do not fit together.
     """
-    state = _checked_dict(state)
+    state, version = _checked_dict(state)
     missing = [name for name in _PARTS if name not in state]
     if missing:
         raise ValueError(
@@ -63,6 +71,7 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
         )
     parts = {name: state[name] for name in _PARTS}
     check_parts(shape=tuple(t.shape), dtype=t.dtype, **parts)
+    check_qparams_of_version(version, parts["scale_and_zero"])
     _check_wrapper(t, parts["qdata"].device)
     attached = {name: value for name, value in state.items() if name not in _PARTS}
     _check_attached(type(t), attached)
@@ -85,7 +94,7 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
 def get_state_of_view(t: Int4TransposedTensor) -> dict[str, Any]:
     """``__getstate__`` of the transposed view: the weight, and whatever else Python has attached."""
     state = {name: value for name, value in t.__dict__.items() if name not in _NOT_SAVED}
-    return state | {"format_version": FORMAT_VERSION}
+    return state | {"format_version": _version(t, 3)}
 
 
 def set_state_of_view(t: Int4TransposedTensor, state: dict[str, Any]) -> None:
@@ -94,7 +103,7 @@ def set_state_of_view(t: Int4TransposedTensor, state: dict[str, Any]) -> None:
     Raises:
         TypeError, ValueError: as `set_state`.
     """
-    state = _checked_dict(state)
+    state, _ = _checked_dict(state)  # the version of the weight is what counts
     weight = state.pop("weight", None)
     if not isinstance(weight, Int4OpaqueTensor) or "qdata" not in weight.__dict__:
         raise TypeError(
@@ -134,15 +143,15 @@ def deep_copy(t: Int4Weight, memo: dict[int, Any]) -> Int4Weight:
     return new
 
 
-def _checked_dict(state: object) -> dict[str, Any]:
+def _checked_dict(state: object) -> tuple[dict[str, Any], int]:
+    """A copy of the state, and the format version that it gave."""
     if not isinstance(state, dict):
         raise TypeError(
             f"the state of a saved 4-bit weight is a {type(state).__name__}; it must be a dict, "
             "so the file is damaged or was not written by torchao_int4cpu"
         )
     state = dict(state)
-    check_version(state.pop("format_version", None))
-    return state
+    return state, check_version(state.pop("format_version", None))
 
 
 def _check_wrapper(t: Int4OpaqueTensor, device: torch.device) -> None:
@@ -275,8 +284,8 @@ def _repack_after_legacy_load() -> None:
     torch.serialization._legacy_load = legacy_load
 
 
-def check_version(version: object) -> None:
-    """Check the format version that a file gives.
+def check_version(version: object) -> int:
+    """Return the format version that a file gives.
 
     Raises:
         ValueError: it is none, or newer than this package reads.
@@ -290,6 +299,22 @@ def check_version(version: object) -> None:
         raise ValueError(
             f"a saved 4-bit weight has format_version={shown(version)}; this torchao_int4cpu reads up "
             f"to {FORMAT_VERSION}, so install a newer one"
+        )
+    return version
+
+
+def check_qparams_of_version(version: int, scale_and_zero: torch.Tensor) -> None:
+    """Check that scales have the dtype that the version is about: both take two bytes.
+
+    Raises:
+        ValueError: they have another.
+    """
+    expected = torch.float16 if version == _FLOAT16_VERSION else torch.bfloat16
+    if scale_and_zero.dtype != expected:
+        raise ValueError(
+            f"a saved 4-bit weight of format_version={version} has scale_and_zero in "
+            f"{scale_and_zero.dtype}; that version has it in {expected}, so the file is damaged, save "
+            "it again"
         )
 
 

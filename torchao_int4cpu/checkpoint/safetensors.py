@@ -11,7 +11,8 @@ A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
      "_tensor_data_names": ["qdata", "scale_and_zero"]}
 
 A stack has a ``shape`` of three numbers and a ``block_size`` to match, and a transposed view says
-``"transposed": true`` beside the ``shape`` of its weight; both since ``format_version`` 2.
+``"transposed": true`` beside the ``shape`` of its weight; both since ``format_version`` 2. Scales and
+zeros in float16 make it ``format_version`` 4; those of the others are bfloat16.
 
 Source of the naming: torchao/prototype/safetensors of torchao 0.18, which Hugging Face transformers 5
 and vLLM call. ``_type`` names this package, because torchao's prototype has a class of the same name,
@@ -30,7 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.checkpoint.pickles import check_version, version_of
+from torchao_int4cpu.checkpoint.pickles import (
+    check_qparams_of_version,
+    check_version,
+    version_of,
+)
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.checks import shown
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -152,7 +157,7 @@ def from_safetensors(**data: Any) -> Int4Weight:
     Raises:
         TypeError, ValueError: as `Int4OpaqueTensor`, or the format is newer, or something is missing.
     """
-    check_version(data.pop("format_version", None))
+    version = check_version(data.pop("format_version", None))
     data.pop("crc32", None)
     transposed = data.pop("transposed", False)
     if not isinstance(transposed, bool):
@@ -168,7 +173,9 @@ def from_safetensors(**data: Any) -> Int4Weight:
             f"{', '.join(map(repr, _ARGUMENTS))} and perhaps {', '.join(map(repr, _OPTIONAL))}, so the "
             "file is damaged"
         )
-    weight = Int4OpaqueTensor(**data).repack_()
+    weight = Int4OpaqueTensor(**data)
+    check_qparams_of_version(version, weight.scale_and_zero)
+    weight.repack_()
     return Int4TransposedTensor(weight) if transposed else weight
 
 

@@ -6,7 +6,7 @@ import argparse
 import collections
 from pathlib import Path
 
-from torchao_int4cpu.checkpoint.inspect import Contents, inspect
+from torchao_int4cpu.checkpoint.inspect import Contents, Weight, inspect
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.format.layout import native_layout
 
@@ -37,24 +37,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_weights(contents: Contents) -> None:
-    kinds = collections.Counter(
-        (weight.group_size, weight.qdata_layout, weight.dtype) for weight in contents.weights
-    )
+    kinds = collections.Counter(map(_kind, contents.weights))
     native = native_layout()
-    for (group_size, layout, dtype), count in sorted(kinds.items()):
-        size = sum(
-            weight.nbytes
-            for weight in contents.weights
-            if (weight.group_size, weight.qdata_layout, weight.dtype) == (group_size, layout, dtype)
-        )
+    for kind, count in sorted(kinds.items()):
+        group_size, layout, dtype, qparams_dtype = kind
+        size = sum(weight.nbytes for weight in contents.weights if _kind(weight) == kind)
+        scales = "" if qparams_dtype == "bfloat16" else f" with {qparams_dtype} scales"
         here = native is not None and native.name == layout
         where = "this CPU's" if here else "repacked for this CPU when it is loaded"
         print(
-            f"{'4-bit weights':<14} {count}, {size / 1e9:.3f} GB, groups of {group_size}, {dtype}, "
-            f"layout {layout} ({where})"
+            f"{'4-bit weights':<14} {count}, {size / 1e9:.3f} GB, groups of {group_size}{scales}, "
+            f"{dtype}, layout {layout} ({where})"
         )
     others = sum(tensor.nbytes for tensor in contents.others)
     print(f"{'other tensors':<14} {len(contents.others)}, {others / 1e9:.3f} GB")
+
+
+def _kind(weight: Weight) -> tuple[int, str, str, str]:
+    return weight.group_size, weight.qdata_layout, weight.dtype, weight.qparams_dtype
 
 
 def _print_tensors(contents: Contents) -> None:

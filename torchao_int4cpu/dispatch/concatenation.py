@@ -13,6 +13,7 @@ from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.dispatch.table import implements, on_weight
 from torchao_int4cpu.dispatch.transposition import dim_of, weight_dim
 from torchao_int4cpu.dispatch.views import handle_unsqueeze
+from torchao_int4cpu.format.checks import check_same_qparams
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout, padded_rows
 from torchao_int4cpu.format.packed import Part
 from torchao_int4cpu.format.slicing import PackedRows, join_columns, stacked
@@ -152,6 +153,7 @@ def _check_fit(weights: list[Int4OpaqueTensor], dim: int) -> None:
                 f"{weight._quantization_type()}; all must agree in group_size, dtype and every "
                 f"dimension but {dim}"
             )
+        check_same_qparams("cat", first.scale_and_zero, weight.scale_and_zero)
         if along_k and i < len(weights) - 1 and weight.shape[-1] % size:
             raise ValueError(
                 f"cat along K got a 4-bit weight of shape {list(weight.shape)} before the last; its "

@@ -18,7 +18,7 @@ from torchao_int4cpu.dispatch.table import (
 from torchao_int4cpu.dispatch.transposition import aliased
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES
 from torchao_int4cpu.format.slicing import legal_pieces
-from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.int4 import Filling, Int4OpaqueTensor, Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten
@@ -185,7 +185,7 @@ def handle_new_zeros(
     """``new_zeros(size)``, ``new_empty(size)``: a weight of that size in the groups of this one, zeros.
 
     It is made to be filled piece by piece, as sharding code does: whatever is copied into a cut of it
-    is written back, on block borders or not.
+    is written back, on block borders or not. Its scales get the dtype of what is first copied into it.
 
     Raises:
         ValueError: the size has no element.
@@ -215,9 +215,17 @@ def zeros_like(
         if part.optional and of_weight is not None:
             entries = shape[-1:] if of_weight.numel() > 1 else of_weight.shape
             optional[part.name] = of_weight.new_full(entries, part.default, device=device)
-    empty = type(weight).empty(shape, weight.group_size, dtype or weight.dtype, device=device)
+    empty = type(weight).empty(
+        shape,
+        weight.group_size,
+        dtype or weight.dtype,
+        device=device,
+        qparams_dtype=weight.scale_and_zero.dtype,
+    )
     zeros = empty.with_parts(
-        empty.parts() | optional, shape, provenance=Provenance(filled_by_cuts=True)
+        empty.parts() | optional,
+        shape,
+        provenance=Provenance(filled_by_cuts=True, filling=Filling()),
     )
     zeros.qdata.fill_(CODE_OFFSET * 17)  # both nibbles
     zeros.scale_and_zero.zero_()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchao_int4cpu.dispatch.cuts import same_numbers, write_back
 from torchao_int4cpu.dispatch.pieces import expanded, pieces
 from torchao_int4cpu.dispatch.table import implements, implements_function
+from torchao_int4cpu.format.checks import check_same_qparams
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.kernels.ops.slicing import traceable_repack
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -25,7 +26,8 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
 
     Raises:
         TypeError: one side is not a 4-bit weight.
-        ValueError: shape, group size or an optional part differ, or the target is a repacked copy.
+        ValueError: shape, group size, the dtype of scales or an optional part differ, or the target is
+            a repacked copy.
     """
     for name, side in (("source", source), ("target", target)):
         if not isinstance(side, Int4Weight):
@@ -82,6 +84,15 @@ def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
             f"copy_ got a target of shape {list(target.shape)} that was expanded, so all its matrices "
             "are the same one; copy into the weight that was expanded, or into a clone()"
         )
+    filling = target.provenance.filling
+    if filling is not None and not torch.compiler.is_compiling():
+        filling.start(source.scale_and_zero.dtype)
+    check_same_qparams(
+        "copy_",
+        target.scale_and_zero,
+        source.scale_and_zero,
+        "load it with load_state_dict(..., assign=True), or ",
+    )
     into, others = target.parts(), source.parts()
     for part in target.PARTS:
         if part.packed and target.qdata_layout != source.qdata_layout:

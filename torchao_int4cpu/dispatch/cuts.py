@@ -48,6 +48,7 @@ def cut(t: Int4OpaqueTensor, dim: int, start: int, stop: int) -> Int4OpaqueTenso
         provenance = Provenance(
             read_only=t.read_only,
             filled_by_cuts=True,
+            filling=t.provenance.filling,
             cut_from=Cut(t, dim, start, stop, aliases),
         )
     return t.with_parts(parts, shape, provenance=provenance)
@@ -128,7 +129,9 @@ def view_of(
     if t.provenance.filled_by_cuts and not torch.compiler.is_compiling():
         whole = Cut(t, 0, 0, t.shape[0], aliases=True)
         cut_from = whole if t.provenance.cut_from is not None else None
-        provenance = replace(provenance, filled_by_cuts=True, cut_from=cut_from)
+        provenance = replace(
+            provenance, filled_by_cuts=True, filling=t.provenance.filling, cut_from=cut_from
+        )
     return t.with_parts(_of_matrices(t, change), shape, provenance=provenance)
 
 

@@ -72,7 +72,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _times(t: Int4Weight, factor: float, name: str) -> Int4Weight:
-    """The weight times a power of two, which bfloat16 holds exactly.
+    """The weight times a power of two, which a float holds exactly.
 
     Raises:
         ValueError: it is no power of two, or some scale or zero becomes too large or too small.
@@ -84,8 +84,8 @@ def _times(t: Int4Weight, factor: float, name: str) -> Int4Weight:
     if not is_exact or not math.isfinite(factor):
         raise ValueError(
             f"{name} of a 4-bit weight by {factor} would round its scales; only a power of two within "
-            "the range of bfloat16 is exact, so multiply the activation or the result instead, or "
-            "multiply .dequantize() and quantize that again"
+            f"the range of {str(scaled.dtype).removeprefix('torch.')} is exact, so multiply the "
+            "activation or the result instead, or multiply .dequantize() and quantize that again"
         )
     parts = same_parts(weight).parts() | {"scale_and_zero": scaled}
     parts["qdata"] = weight.qdata.clone()

@@ -19,8 +19,8 @@ from torchao_int4cpu.kernels.ops.slicing import traceable_repack
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
-#: The dtypes of optional parts, as they are sent; 0 stands for no such part.
-_DTYPE_NUMBERS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+#: The dtypes of parts, as they are sent; 0 stands for no such part.
+DTYPE_NUMBERS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 #: One tensor of a weight, as it is sent.
 _Send = Callable[[Int4OpaqueTensor], Tensor]
@@ -70,7 +70,8 @@ def _receive(target: Int4OpaqueTensor, communicate: Callable[[Tensor, _Send], An
     work = _wait(communicate(sent, _header))
     if not torch.equal(mine[1:], sent[1:]):
         raise ValueError(
-            "this process has a 4-bit weight of [bytes, group_size, act_pre_scale elements, its dtype] "
+            "this process has a 4-bit weight of [bytes, group_size, dtype of scales, act_pre_scale "
+            "elements, its dtype] "
             f"{mine[1:].tolist()}, and the sending one {sent[1:].tolist()}; all must quantize the "
             "model alike, so give all the same config, or build the model from one checkpoint "
             "everywhere"
@@ -101,11 +102,12 @@ def _wait(result: Any) -> Any:
 def _header(t: Int4OpaqueTensor) -> Tensor:
     """int64: the layout, and what must agree on both sides."""
     numbers = [LAYOUTS[t.qdata_layout].number, t.qdata.numel(), t.group_size]
+    numbers.append(DTYPE_NUMBERS[t.scale_and_zero.dtype])
     parts = t.parts()
     for part in t.PARTS:
         if part.optional:
             sent = parts.get(part.name)
-            numbers += [0, 0] if sent is None else [sent.numel(), _DTYPE_NUMBERS[sent.dtype]]
+            numbers += [0, 0] if sent is None else [sent.numel(), DTYPE_NUMBERS[sent.dtype]]
     return torch.tensor(numbers)
 
 
@@ -126,7 +128,9 @@ def handle_all_gather(t: Int4Weight, group_size: int, group_name: Any) -> Int4We
         pieces: Tensor = functional.wait_tensor.default(gathered)
         return pieces.view(processes, *part.shape).unbind()
 
-    numbers = gather(torch.tensor([LAYOUTS[weight.qdata_layout].number]))
+    qparams = DTYPE_NUMBERS[weight.scale_and_zero.dtype]
+    numbers, dtypes = zip(*gather(torch.tensor([LAYOUTS[weight.qdata_layout].number, qparams])))
+    check_gathered_qparams(dtypes)
     gathered = {name: gather(part) for name, part in weight.parts().items()}
     shards = [
         weight.with_parts(
@@ -139,6 +143,22 @@ def handle_all_gather(t: Int4Weight, group_size: int, group_name: Any) -> Int4We
     if isinstance(t, Int4TransposedTensor):
         return _joined([transposed(shard) for shard in shards])
     return _joined_along_n(shards)
+
+
+def check_gathered_qparams(numbers: Sequence[Tensor | int]) -> None:
+    """Check that the shards of all ranks have their scales in one dtype: both take two bytes.
+
+    Raises:
+        ValueError: on all ranks alike, there are two.
+    """
+    found = [int(number) for number in numbers]
+    if len(set(found)) > 1:
+        names = {number: str(dtype) for dtype, number in DTYPE_NUMBERS.items()}
+        raise ValueError(
+            "the shards of a 4-bit weight have scale_and_zero in "
+            f"{', '.join(names[number] for number in found)} on the ranks, in their order; all must "
+            "have one dtype, so load every shard from the same checkpoint"
+        )
 
 
 def _joined_along_n(shards: list[Int4OpaqueTensor]) -> Int4OpaqueTensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchao_int4cpu.dispatch.copies import copy_into
+from torchao_int4cpu.distributed.collectives import DTYPE_NUMBERS
 from torchao_int4cpu.format.layout import layout_named, layout_numbered
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4Weight, weight_of
@@ -58,8 +59,9 @@ def _take_from_first(weight: Int4OpaqueTensor, group: Any) -> None:
     if not all(torch.equal(other[1:], mine[1:]) for other in all_ranks):
         shown = [other[1:].tolist() for other in all_ranks]
         raise ValueError(
-            f"DistributedDataParallel got a 4-bit weight of {shown} (shape, group size, parts) on its "
-            "ranks; all must hold the same model, so quantize it the same way on each"
+            f"DistributedDataParallel got a 4-bit weight of {shown} (shape, group size, dtype of "
+            "scales, parts) on its ranks; all must hold the same model, so quantize it the same way on "
+            "each"
         )
     received = {}
     for name, part in weight.parts().items():
@@ -74,7 +76,8 @@ def _description(weight: Int4OpaqueTensor) -> Tensor:
     shape = [0] * (3 - weight.ndim) + list(weight.shape)
     sizes = [part.numel() for part in weight.parts().values()]
     number = layout_named(weight.qdata_layout).number
-    return torch.tensor([number, *shape, weight.group_size, len(sizes), sum(sizes)])
+    qparams = DTYPE_NUMBERS[weight.scale_and_zero.dtype]
+    return torch.tensor([number, *shape, weight.group_size, qparams, len(sizes), sum(sizes)])
 
 
 _patch()

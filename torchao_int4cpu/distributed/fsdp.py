@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchao_int4cpu.dispatch.cuts import pad_rows
 from torchao_int4cpu.dispatch.transposition import same_parts
+from torchao_int4cpu.distributed.collectives import DTYPE_NUMBERS, check_gathered_qparams
 from torchao_int4cpu.format.layout import (
     LAYOUTS,
     NibbleLayout,
@@ -33,9 +34,9 @@ def fsdp_pre_all_gather(
     With the other form of this hook, of 5 parameters, FSDP2 would refuse to shard unevenly.
 
     Returns:
-        (int64 ``[2]``: the layout and how many rows, or matrices of a stack, are no padding;
-        ``qdata``; ``scale_and_zero``), and the shape of a shard with the padding that FSDP2 adds to
-        the last.
+        (int64 ``[3]``: the layout, how many rows, or matrices of a stack, are no padding, and the
+        dtype of scales; ``qdata``; ``scale_and_zero``), and the shape of a shard with the padding that
+        FSDP2 adds to the last.
     """
     cut = t.provenance.cut_from
     if cut is not None and cut.dim != 0:
@@ -46,7 +47,8 @@ def fsdp_pre_all_gather(
         )
     # The shard of the last rank may be shorter: a cut of one that is padded to the size of the others.
     shard = t if cut is None else cut.source
-    header = torch.tensor([LAYOUTS[shard.qdata_layout].number, t.shape[0]])
+    qparams = DTYPE_NUMBERS[shard.scale_and_zero.dtype]
+    header = torch.tensor([LAYOUTS[shard.qdata_layout].number, t.shape[0], qparams])
     parts = (header, shard.qdata.contiguous(), shard.scale_and_zero.contiguous())
     return parts, tuple(shard.shape)
 
@@ -75,7 +77,8 @@ def fsdp_post_all_gather(
         The weight, and what FSDP2 is to free after use beside ``outputs``.
     """
     header, gathered_qdata, gathered_qparams = outputs
-    numbers, counts = (column.tolist() for column in header.view(-1, 2).t())
+    numbers, counts, dtypes = (column.tolist() for column in header.view(-1, 3).t())
+    check_gathered_qparams(dtypes)
     layouts = [layout_numbered(number) for number in numbers]
     target, processes, total = layout_named(t.qdata_layout), len(numbers), sum(counts)
     if len(shard_shape) == 3:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from torchao_int4cpu.format.groupwise import FLOAT_DTYPES, QPARAMS_DTYPE, check_group_size
+from torchao_int4cpu.format.groupwise import FLOAT_DTYPES, QPARAMS_DTYPES, check_group_size
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named, padded_shape
 from torchao_int4cpu.format.packed import PackedInt4
 
@@ -54,13 +54,13 @@ def check_parts(
     if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
         got = dtype if isinstance(dtype, str) else shown(dtype)
         raise TypeError(f"dtype is {got}; choose torch.bfloat16, torch.float16 or torch.float32")
-    for name, part, part_dtype in (
-        ("qdata", qdata, torch.uint8),
-        ("scale_and_zero", scale_and_zero, QPARAMS_DTYPE),
+    for name, part, dtypes, cure in (
+        ("qdata", qdata, (torch.uint8,), ""),
+        ("scale_and_zero", scale_and_zero, QPARAMS_DTYPES, _CURE_OF_QPARAMS),
     ):
-        if not isinstance(part, Tensor) or part.dtype != part_dtype:
+        if not isinstance(part, Tensor) or part.dtype not in dtypes:
             got = getattr(part, "dtype", type(part).__name__)
-            raise TypeError(f"{name} is {got}; it must be a {part_dtype} tensor")
+            raise TypeError(f"{name} is {got}; it must be a {_either(dtypes)} tensor{cure}")
         _check_memory(name, part)
         if part.device.type not in ("cpu", "meta"):
             raise ValueError(
@@ -151,12 +151,12 @@ def check_packed(weight: PackedInt4, ndim: int, *others: Tensor) -> None:
             f"got the parts of a weight of shape {list(shape)}; it must be {wanted}, every number 1 or "
             "more, so take them from such an Int4OpaqueTensor"
         )
-    if (qdata.dtype, scale_and_zero.dtype) != (torch.uint8, QPARAMS_DTYPE) or (
-        qdata.is_neg() or scale_and_zero.is_neg()
-    ):
+    fits = qdata.dtype == torch.uint8 and scale_and_zero.dtype in QPARAMS_DTYPES
+    if not fits or qdata.is_neg() or scale_and_zero.is_neg():
         raise ValueError(
             f"got qdata {qdata.dtype} and scale_and_zero {scale_and_zero.dtype}; they must be "
-            f"torch.uint8 and {QPARAMS_DTYPE}, no negative views, so take them from Int4OpaqueTensor"
+            f"torch.uint8 and {_either(QPARAMS_DTYPES)}, no negative views, so take them from an "
+            "Int4OpaqueTensor"
         )
     check_geometry(qdata, scale_and_zero, shape, group_size)
     device = qdata.device
@@ -204,6 +204,46 @@ def check_dense_memory(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name} got an activation of layout {x.layout} beside a 4-bit weight; only dense ones are "
             "multiplied, so call .to_dense() on it"
+        )
+
+
+#: Of scales and zeros in any other dtype.
+_CURE_OF_QPARAMS = (
+    ", so make the weight with Int4OpaqueTensor.from_groupwise, which rounds them to one of the two"
+)
+
+
+def _either(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(map(str, dtypes))
+
+
+def check_qparams_dtype(dtype: object) -> None:
+    """Check the dtype that scales and zeros are to be stored in.
+
+    Raises:
+        TypeError: it is not one of `QPARAMS_DTYPES`.
+    """
+    if dtype not in QPARAMS_DTYPES:
+        raise TypeError(f"qparams_dtype is {shown(dtype)}; choose {_either(QPARAMS_DTYPES)}")
+
+
+def check_same_qparams(name: str, wanted: Tensor, got: Tensor, cure: str = "") -> None:
+    """Check that two weights have scale and zero in one dtype, so that ``name`` rounds none of them.
+
+    Args:
+        name: of the function, for the message.
+        wanted, got: ``scale_and_zero`` of the weights.
+        cure: what to do rather than convert the weight of ``got``.
+
+    Raises:
+        ValueError: they have two dtypes.
+    """
+    if wanted.dtype != got.dtype:
+        raise ValueError(
+            f"{name} got a 4-bit weight w with scale_and_zero in {got.dtype} where {wanted.dtype} is "
+            f"needed; both must agree, because {name} rounds nothing, so {cure}convert it with "
+            "Int4OpaqueTensor.from_groupwise(w.to_groupwise(), dtype=w.dtype, "
+            f"act_pre_scale=w.act_pre_scale, qparams_dtype={wanted.dtype})"
         )
 
 

@@ -17,8 +17,11 @@ GROUP_SIZES = (32, 64, 128, 256)
 #: Floating dtypes a weight, an activation or a bias may have.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-#: Scale and zero are stored in this dtype: the only one PyTorch's x86 kernel reads with vectors.
+#: Quantizing stores scale and zero in this dtype: the only one PyTorch's x86 kernel reads with vectors.
 QPARAMS_DTYPE = torch.bfloat16
+
+#: What a packed weight may have them in: a checkpoint of another tool keeps its float16 as it is.
+QPARAMS_DTYPES = (torch.bfloat16, torch.float16)
 
 #: Offset between the stored code 0..15 and the signed value -8..7 that the scale multiplies.
 CODE_OFFSET = 8

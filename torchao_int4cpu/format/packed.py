@@ -66,9 +66,9 @@ class PackedInt4(NamedTuple):
     Attributes:
         qdata: uint8 ``[N', K'/2]`` in the order of ``layout``, contiguous; in a stack
             ``[E, N', K'/2]`` with strides ``(any, K'/2, 1)``.
-        scale_and_zero: bfloat16 ``[K'/group_size, N', 2]``, strides ``(even, 2, 1)``: at least 2 N'
-            from group to group, and more if these are some rows of a larger weight. In a stack
-            ``[E, K'/group_size, N', 2]``.
+        scale_and_zero: bfloat16 or float16 ``[K'/group_size, N', 2]``, strides ``(even, 2, 1)``: at
+            least 2 N' from group to group, and more if these are some rows of a larger weight. In a
+            stack ``[E, K'/group_size, N', 2]``.
         group_size: 32, 64, 128 or 256.
         layout: order of the codes in ``qdata``.
         n: N, the rows of a matrix that are no padding.

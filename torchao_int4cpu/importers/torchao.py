@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import FileLike
 
-from torchao_int4cpu.format.groupwise import FLOAT_DTYPES, QPARAMS_DTYPE, GroupwiseInt4
+from torchao_int4cpu.format.groupwise import QPARAMS_DTYPE, GroupwiseInt4
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, layout_named, unpack
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -291,12 +291,12 @@ def from_upstream(cls: type[Int4OpaqueTensor], t: Tensor, layout: str) -> Int4Op
             was packed in this very process, pass ``native_layout().name``; if it came from a
             file, compare an output with a known one before you trust it.
 
-    Scales and zeros of float16 or float32 are rounded to bfloat16.
+    Scales and zeros of bfloat16 or float16 stay as they are; those of float32 are rounded to bfloat16.
 
     Raises:
         TypeError: ``t`` is not that class, or is its int8-activation mode.
         ValueError: unknown layout, parts that do not fit together, or a scale or zero that is
-            not finite in bfloat16.
+            not finite in what it is stored in.
     """
     if type(t).__name__ != "Int4OpaqueTensor" or not type(t).__module__.startswith("torchao."):
         raise TypeError(
@@ -327,15 +327,16 @@ def _from_upstream_parts(
     # Contiguous: as many bytes as the shape says. The check of the parts refuses all others.
     if (
         isinstance(scale_and_zero, Tensor)
-        and scale_and_zero.dtype in FLOAT_DTYPES
+        and scale_and_zero.dtype == torch.float32
         and scale_and_zero.is_contiguous()
     ):
         scale_and_zero = scale_and_zero.to(QPARAMS_DTYPE)
     t = Int4OpaqueTensor(qdata, scale_and_zero, block_size, shape, layout, dtype, act_pre_scale)
+    dtype_of_qparams = str(t.scale_and_zero.dtype).removeprefix("torch.")
     if t.device.type == "cpu" and not bool(torch.isfinite(t.scale_and_zero).all()):
         raise ValueError(
-            "scale_and_zero has NaN or infinite values in bfloat16; every one must be finite, "
-            "so check the original weight and quantize it again"
+            f"scale_and_zero has NaN or infinite values in {dtype_of_qparams}; every one must be "
+            "finite, so check the original weight and quantize it again"
         )
     return t.repack_()
 

@@ -269,7 +269,9 @@ def choose_kernel(m: int, weight: PackedInt4) -> str:
 def decode_max_rows(weight: PackedInt4) -> int:
     """The number of rows up to which `decode` is faster than `prefill`, in this process's layout."""
     limits = _HERE[weight.layout.name]
-    return limits.rows + limits.products // (weight.n * weight.k)
+    rows = limits.rows + limits.products // (weight.n * weight.k)
+    # By a weight with float16 scales `decode` multiplies twice.
+    return rows // 2 if weight.scale_and_zero.dtype == torch.float16 else rows
 
 
 class KernelChoice(NamedTuple):

@@ -5,6 +5,7 @@ It knows neither aten ops (`dispatch`) nor how a file stores it (`checkpoint`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
-from torchao_int4cpu.format.checks import check_parts, group_size_of
+from torchao_int4cpu.format.checks import check_parts, check_qparams_dtype, group_size_of
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, QPARAMS_DTYPE, GroupwiseInt4
 from torchao_int4cpu.format.layout import (
     LAYOUTS,
@@ -44,6 +45,33 @@ class Cut(NamedTuple):
     aliases: bool
 
 
+class Filling:
+    """Zeros that nothing was copied into yet, with all their views and cuts: see `Provenance`.
+
+    Whoever allocates a weight before it knows the file cannot tell the dtype of the scales. Zeros are
+    the same bytes in both, so until the first copy it can change.
+    """
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[Int4OpaqueTensor]] | None = []
+
+    def add(self, member: Int4OpaqueTensor) -> None:
+        """Remember another view or cut, as long as nothing was copied."""
+        if self._members is not None:
+            self._members = [known for known in self._members if known() is not None]
+            self._members.append(weakref.ref(member))
+
+    def start(self, qparams_dtype: torch.dtype) -> None:
+        """Before a copy of scales in that dtype: if it is the first, all get that dtype."""
+        members = [member for known in self._members or () if (member := known()) is not None]
+        self._members = None
+        others = [member for member in members if member.scale_and_zero.dtype != qparams_dtype]
+        if any(part.is_cpu and bool(part.any()) for part in (t.scale_and_zero for t in others)):
+            return  # numbers came another way, and are of the dtype that they are in
+        for member in others:
+            member.scale_and_zero = member.scale_and_zero.view(qparams_dtype)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where a weight came from in this process. It is not saved, and only ``read_only`` is traced.
@@ -53,6 +81,7 @@ class Provenance:
             repacked: what is written to it would not get where it should, so ``copy_`` refuses.
         filled_by_cuts: whether `new_zeros` made it, or what it was cut from, to be filled piece by
             piece: what is copied into a cut is written back.
+        filling: what they are part of, and decides on the dtype of the scales.
         cut_from: where such a cut was cut from.
         split_from: the dimension, and its size, that `split` cut this piece from, for messages.
         gathered: shards that cannot be one weight (`distributed.collectives`), for `split`.
@@ -60,6 +89,7 @@ class Provenance:
 
     read_only: bool = False
     filled_by_cuts: bool = False
+    filling: Filling | None = None
     cut_from: Cut | None = None
     split_from: tuple[int, int] | None = None
     gathered: tuple[Tensor, ...] | None = None
@@ -79,8 +109,9 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
     Data, with one more dimension in front in a stack ``[E, N, K]`` (the experts of a layer):
         qdata: uint8 ``[N', K'/2]``, two codes a byte in the order of ``qdata_layout``
             (`format.layout`).
-        scale_and_zero: bfloat16 ``[K'/group_size, N', 2]``. In a view of some rows of a weight the
-            groups lie as far apart as in that weight.
+        scale_and_zero: ``[K'/group_size, N', 2]``, bfloat16, or float16 where a checkpoint of another
+            tool has its scales so. In a view of some rows of a weight the groups lie as far apart as
+            in that weight.
         act_pre_scale: optional, float, ``[K]`` or one element; multiplies the activation.
 
     Attributes:
@@ -196,15 +227,30 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         *,
         dtype: torch.dtype = torch.bfloat16,
         act_pre_scale: Tensor | None = None,
+        qparams_dtype: torch.dtype = QPARAMS_DTYPE,
     ) -> Int4OpaqueTensor:
-        """Pack codes for this process's instruction set.
+        """Pack codes for this process's instruction set. They are kept exactly.
 
-        The codes are kept exactly; scale and zero are rounded to bfloat16 if they are not already.
+        Args:
+            groupwise: codes, scales and zeros.
+            dtype: what `dequantize` gives.
+            act_pre_scale: as in the class.
+            qparams_dtype: bfloat16 or float16; scale and zero are rounded to it if they are not in it
+                already. With float16, which has steps of 6e-8 below 6.1e-5, no weight moves by more
+                than 2^-11 of the largest that its group can have, ``8 * |scale| + |zero|``.
 
         Raises:
-            ValueError: a scale or zero is too large for bfloat16.
+            TypeError: ``qparams_dtype`` is another dtype.
+            ValueError: a scale or zero is too large for it, or both are too small for float16.
         """
-        t = cls.empty(groupwise.shape, groupwise.group_size, dtype, act_pre_scale=act_pre_scale)
+        check_qparams_dtype(qparams_dtype)
+        t = cls.empty(
+            groupwise.shape,
+            groupwise.group_size,
+            dtype,
+            act_pre_scale=act_pre_scale,
+            qparams_dtype=qparams_dtype,
+        )
         if len(groupwise.shape) == 2:
             _pack_into(t.packed(), groupwise)
             return t
@@ -223,6 +269,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         *,
         device: torch.device | str = "cpu",
         act_pre_scale: Tensor | None = None,
+        qparams_dtype: torch.dtype = QPARAMS_DTYPE,
     ) -> Int4OpaqueTensor:
         """A weight with uninitialised parts in this process's layout, to be copied into.
 
@@ -237,7 +284,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         return cls(
             torch.empty(*stack, padded_n, padded_k // 2, dtype=torch.uint8, device=device),
             torch.empty(
-                *stack, padded_k // group_size, padded_n, 2, dtype=QPARAMS_DTYPE, device=device
+                *stack, padded_k // group_size, padded_n, 2, dtype=qparams_dtype, device=device
             ),
             block_size,
             shape,
@@ -247,7 +294,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         )
 
     def to_groupwise(self) -> GroupwiseInt4:
-        """Unpack: the exact codes, and scale and zero as stored (bfloat16)."""
+        """Unpack: the exact codes, and scale and zero as stored, in bfloat16 or float16."""
         matrices = [_unpacked(weight) for weight in self.matrices()]
         if self.ndim == 2:
             return GroupwiseInt4(*matrices[0], self.group_size)
@@ -313,6 +360,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         )
         if provenance is not OWN:
             new.provenance = provenance
+        if provenance.filling is not None:
+            provenance.filling.add(new)
         return new
 
     def repack_(self) -> Int4OpaqueTensor:
@@ -426,17 +475,46 @@ def _pack_into(target: PackedInt4, groupwise: GroupwiseInt4) -> None:
     The padding is code 8 with scale and zero 0: weights that are exactly 0.
     """
     (padded_n, half_k), (n, k) = target.qdata.shape, groupwise.shape
-    qparams = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1).to(QPARAMS_DTYPE)
-    if not bool(torch.isfinite(qparams).all()):
-        raise ValueError(
-            "scale or zero does not fit bfloat16 (3.4e38 at most); divide the weight by a constant"
-        )
+    qparams = _stored(groupwise, target.scale_and_zero.dtype)
     codes = groupwise.codes
     if (padded_n, half_k * 2) != (n, k):
         codes = F.pad(codes, (0, half_k * 2 - k, 0, padded_n - n), value=CODE_OFFSET)
         qparams = F.pad(qparams, (0, 0, 0, padded_n - n))
     target.qdata.copy_(pack(codes.contiguous(), target.layout))
     target.scale_and_zero.copy_(qparams)
+
+
+def _stored(groupwise: GroupwiseInt4, dtype: torch.dtype) -> Tensor:
+    """Pairs of scale and zero of a matrix, ``[G, N, 2]`` in ``dtype``.
+
+    Raises:
+        ValueError: one is too large for it, or float16 would move a weight too far.
+    """
+    exact = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1)
+    if exact.dtype == dtype:
+        return exact
+    stored = exact.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        name = str(dtype).removeprefix("torch.")
+        other = "" if dtype == torch.bfloat16 else ", or store them with qparams_dtype=torch.bfloat16"
+        raise ValueError(
+            f"scale or zero does not fit {name} ({torch.finfo(dtype).max:.3g} at most); divide the "
+            f"weight by a constant{other}"
+        )
+    if dtype == torch.float16:
+        # Half a step of a normal float16 is 2^-11 of the number, so only smaller numbers can fail.
+        exact = exact.double()
+        moved, largest = (
+            CODE_OFFSET * part[..., 0] + part[..., 1] for part in ((stored - exact).abs(), exact.abs())
+        )
+        if bool((moved > 2.0**-11 * largest).any()):
+            raise ValueError(
+                "scale and zero of a group are too small for float16, which would move a weight by "
+                f"{float((moved / largest).nan_to_num().max()):.1e} of the largest in its group (2^-11 "
+                "at most); store them with qparams_dtype=torch.bfloat16, or multiply the weight by a "
+                "constant"
+            )
+    return stored
 
 
 def _unpacked(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:

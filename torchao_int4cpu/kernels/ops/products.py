@@ -59,6 +59,8 @@ def _certainly_decode(m: int, weight: PackedInt4) -> bool:
     """Whether `choose_kernel` gives decode for every value that a symbolic ``m`` can have."""
     if native_kernel(weight.layout) is not None:
         return False
+    if weight.scale_and_zero.dtype != torch.bfloat16:
+        return False  # decode calls PyTorch's op on halves of them, which a compiler may round away
     if not weight.scale_and_zero.is_contiguous():
         return False  # decode would copy it, and inductor cannot hand such a copy to PyTorch's op
     if torch.compiler.is_exporting() and get_kernel() != "aten":

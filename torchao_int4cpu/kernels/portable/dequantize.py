@@ -108,7 +108,7 @@ def _evaluate(codes: Tensor, qparams: Tensor, group_size: int, out: Tensor) -> N
 
     Args:
         codes: uint8 ``[R', K']``.
-        qparams: bfloat16 ``[groups, R', 2]``, pairs of scale and zero.
+        qparams: bfloat16 or float16 ``[groups, R', 2]``, pairs of scale and zero.
         group_size: columns of a group.
         out: ``[R, K]``; the padding is left out.
     """
