@@ -76,6 +76,7 @@ def define_product(
     ndim: int,
     transposed: bool = False,
     grouped: bool = False,
+    quick: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
 ) -> Callable[..., Tensor]:
     """Define a product of an activation with a weight or a stack, and return what calls it.
 
@@ -85,6 +86,7 @@ def define_product(
         ndim: dimensions of the weight: 2, or 3 for a stack.
         transposed: whether it is ``x · W``, of x ``[..., N]``, and not ``x · Wᵀ``, of x ``[..., K]``.
         grouped: whether rows of x are sorted by expert, as ``offs`` says.
+        quick: makes of the op's kernel one that does the same in less time.
 
     Returns:
         ``(x, weight)``, or ``(x, weight, offs)``: calls ``multiply``, as an op where one is needed.
@@ -109,7 +111,7 @@ def define_product(
         name,
         f"(Tensor x, Tensor qdata, Tensor scale_and_zero, {offs_schema}"
         "int group_size, str layout, int columns) -> Tensor",
-        kernel,
+        kernel if quick is None else quick(kernel),
         fake,
     )
     op = getattr(torch.ops.torchao_int4cpu, name).default
