@@ -103,7 +103,7 @@ _in_forked_child = False
 _native_kernels: dict[str, str] = {}
 _native_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor]] = {}
 _plain_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor | None]] = {}
-#: The same for the kernels of ops, as an index; C has this dict, so it is changed and never replaced.
+#: The same for ops, as an index; C has this dict, so it is changed and never replaced.
 _op_kernels: dict[str, int] = {}
 
 
@@ -232,14 +232,16 @@ def plain_int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> 
     return None if product is None else product(x, weight, bias)
 
 
-def quick_op_kernel(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What computes as the kernel of an op that is `int4_mm`, in one call of C where that is possible.
+def op_function(
+    otherwise: Callable[..., Tensor], is_watched: Callable[[], bool] | None = None
+) -> Callable[..., Tensor]:
+    """`int4_mm` as an op is called, in one call of C where that is possible, else ``otherwise``.
 
-    Args:
-        kernel: ``(x, qdata, scale_and_zero, group_size, layout, columns)``. It checks its arguments;
-            what it would refuse is left to it.
+    See `NativeLibrary.op_function`.
     """
-    return kernel if isinstance(LIBRARY, Unavailable) else LIBRARY.op_kernel(_op_kernels, kernel)
+    if isinstance(LIBRARY, Unavailable):
+        return otherwise
+    return LIBRARY.op_function(_op_kernels, otherwise, is_watched)
 
 
 def _after_fork() -> None:

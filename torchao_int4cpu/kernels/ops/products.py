@@ -28,7 +28,7 @@ from torchao_int4cpu.kernels.selection import (
     get_kernel,
     int4_mm,
     native_kernel,
-    quick_op_kernel,
+    op_function,
 )
 
 
@@ -109,8 +109,8 @@ def _int4_mm_transposed(y: Tensor, weight: PackedInt4) -> Tensor:
     return int4_mm_grad(y, weight)
 
 
-define_product("int4_mm", int4_mm, ndim=2, quick=quick_op_kernel)
-define_product("int4_mm_differentiable", int4_mm, ndim=2, quick=quick_op_kernel)
+define_product("int4_mm", int4_mm, ndim=2, function=op_function)
+define_product("int4_mm_differentiable", int4_mm, ndim=2, function=op_function)
 
 #: ``y · W``: ``(y [M, N], weight)`` to ``[M, K]``, what `int4_mm_grad` gives. It has no gradient.
 traceable_int4_mm_transposed = define_product(

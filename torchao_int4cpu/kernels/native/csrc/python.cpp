@@ -235,16 +235,24 @@ bool fits(const DlTensor& codes, const DlTensor& pairs, int64_t group_size, int6
          pairs.strides[2] == 1 && apart;
 }
 
-// The result, or null if this is for Python code. Torch has seen to gradients and to negative views
-// before it calls the kernel of an op.
-PyObject* op_product(PyObject* kernels, PyObject* const* arguments) {
+// Where the functions of ops find what they need, in the tuple that is their "self".
+enum OpState : Py_ssize_t { kKernels, kOtherwise, kIsWatched, kOpStateSize };
+
+// The result, or null if this is for the other function: an exception may be set, or not.
+PyObject* op_product(PyObject* state, PyObject* const* arguments) {
   PyObject *x = arguments[0], *qdata = arguments[1], *scale_and_zero = arguments[2];
   DlTensor rows, codes, pairs;
   if (!is_tensor(x) || !is_tensor(qdata) || !is_tensor(scale_and_zero) || !view(x, rows) ||
       !view(qdata, codes) || !view(scale_and_zero, pairs) || rows.ndim != 2) {
     return nullptr;
   }
-  PyObject* kernel = PyDict_GetItemWithError(kernels, arguments[4]);  // borrowed
+  PyObject* is_watched = PyTuple_GetItem(state, kIsWatched);
+  if (is_watched != Py_None) {
+    if (!is_plain(x) || !is_plain(qdata) || !is_plain(scale_and_zero)) return nullptr;
+    const Ref watched(PyObject_CallNoArgs(is_watched));
+    if (watched.object != Py_False) return nullptr;
+  }
+  PyObject* kernel = PyDict_GetItemWithError(PyTuple_GetItem(state, kKernels), arguments[4]);
   if (kernel == nullptr) return nullptr;
   int4cpu::Call call = {};
   call.kernel = static_cast<int32_t>(number(kernel));
@@ -263,27 +271,36 @@ PyObject* op_product(PyObject* kernels, PyObject* const* arguments) {
   return nullptr;
 }
 
-// The kernel of an op ``(x, qdata, scale_and_zero, group_size, layout, columns)``. `state` is a tuple:
-// a dict of the kernels that multiply now, their numbers by the layout that they read; and a function
-// that takes the same arguments, for all calls that are rare or to be refused.
-PyObject* call_op(PyObject* state, PyObject* const* arguments, Py_ssize_t count) {
-  if (count == 6) {
-    PyObject* y = op_product(PyTuple_GetItem(state, 0), arguments);
+PyObject* call_otherwise(PyObject* state, PyObject* const* arguments, Py_ssize_t count,
+                         PyObject* names) {
+  const Ref positional(PyTuple_New(count)), named(PyDict_New());
+  if (positional.object == nullptr || named.object == nullptr) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Py_INCREF(arguments[i]);
+    PyTuple_SetItem(positional.object, i, arguments[i]);
+  }
+  const Py_ssize_t names_count = names == nullptr ? 0 : PyTuple_Size(names);
+  for (Py_ssize_t i = 0; i < names_count; ++i) {
+    if (PyDict_SetItem(named.object, PyTuple_GetItem(names, i), arguments[count + i]) != 0) {
+      return nullptr;
+    }
+  }
+  return PyObject_Call(PyTuple_GetItem(state, kOtherwise), positional.object, named.object);
+}
+
+PyObject* call_op(PyObject* state, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+  if (count == 6 && names == nullptr) {
+    PyObject* y = op_product(state, arguments);
     if (y != nullptr) return y;
     PyErr_Clear();
   }
-  const Ref passed(PyTuple_New(count));
-  if (passed.object == nullptr) return nullptr;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    Py_INCREF(arguments[i]);
-    PyTuple_SetItem(passed.object, i, arguments[i]);
-  }
-  return PyObject_CallObject(PyTuple_GetItem(state, 1), passed.object);
+  return call_otherwise(state, arguments, count, names);
 }
 
 PyMethodDef kOpMethod = {
     "int4_mm_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_op)),
-    METH_FASTCALL, "(x, qdata, scale_and_zero, group_size, layout, columns) -> Tensor"};
+    METH_FASTCALL | METH_KEYWORDS,
+    "(x, qdata, scale_and_zero, group_size, layout, columns) -> Tensor"};
 
 PyMethodDef kMethod = {
     "int4_mm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_product)),
@@ -317,15 +334,19 @@ extern "C" __attribute__((visibility("default"))) PyObject* int4cpu_product(PyOb
   return PyCFunction_NewEx(&kMethod, kernel, nullptr);
 }
 
-// A Python function for the CPU's kernel of an op, see `call_op`; or None where torch's table was not
-// handed over by `int4cpu_product`.
+// A Python function ``(x, qdata, scale_and_zero, group_size, layout, columns)`` that multiplies, or calls
+// `otherwise` with its arguments: where they are not those of a weight, or are rare. `kernels` is a dict
+// that says which kernel multiplies now, its number by the layout that it reads. `is_watched` tells
+// whether torch has to see the call; it is None for the kernel of an op, whose call torch has seen, along
+// with gradients and negative views. Returns None where `int4cpu_product` got no table of torch's.
 extern "C" __attribute__((visibility("default"))) PyObject* int4cpu_op(PyObject* kernels,
-                                                                       PyObject* fallback) {
+                                                                       PyObject* otherwise,
+                                                                       PyObject* is_watched) {
   if (exchange == nullptr) {
     Py_INCREF(Py_None);
     return Py_None;
   }
-  const Ref state(PyTuple_Pack(2, kernels, fallback));
+  const Ref state(PyTuple_Pack(kOpStateSize, kernels, otherwise, is_watched));
   return state.object == nullptr ? nullptr : PyCFunction_NewEx(&kOpMethod, state.object, nullptr);
 }
 #endif
