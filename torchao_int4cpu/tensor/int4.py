@@ -386,7 +386,9 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         Anyone can assign to a part, and so can a file, even under ``weights_only=True``: torch's
         ``_rebuild_parameter_with_state`` sets any attribute of a tensor that is whole already.
         """
-        if name in ("_packed", "_flattened") or (name == "provenance" and not isinstance(value, Provenance)):
+        if name in ("_packed", "_flattened") or (
+            name == "provenance" and not isinstance(value, Provenance)
+        ):
             raise AttributeError(f"{name} of a 4-bit weight is its own; it cannot be set")
         super().__setattr__(name, value)
         if name in _CHECKED:
