@@ -358,7 +358,7 @@ def _states_of_a_parameter() -> Iterator[dict[str, object]]:
         yield {"data": data}
     less = good | {"scale_and_zero": scale_and_zero[:1]}
     known = {"_packed": True, "_flattened": (True, True, ([], {}))}
-    for namespace in ({}, {"qdata": qdata}, less, less | {"_packed": True}, less | known):
+    for namespace in ({}, {"qdata": qdata}, less, less | known):
         yield {"__dict__": namespace}
     yield {"qdata": qdata[:1], "_packed": True}
 
