@@ -90,3 +90,18 @@ def empty_strided() -> Callable[[Sequence[int], Sequence[int], torch.dtype], tor
     if quick is not None:
         return cast("Callable[..., torch.Tensor]", quick)
     return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+
+
+def replace_call_of_op(op: Any, of: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have Python's calls of an op, those of compiled graphs among them, made by another function.
+
+    Call it as soon as the op is defined: torch 2.13 takes the hash of the op from that function.
+
+    Args:
+        op: an overload, of `torch.ops`.
+        of: makes the function, of the one that calls torch's dispatcher. It must do the same, and call
+            that wherever something besides the kernel is to see the call.
+    """
+    dispatch = getattr(op, "_op", None)  # as of torch 2.13 to 2.15, which swaps it itself
+    if dispatch is not None:
+        op._op = of(dispatch)

@@ -357,7 +357,8 @@ def _states_of_a_parameter() -> Iterator[dict[str, object]]:
     for data in (bare(shape=(2**20, K)), bare(shape=(N, 2**20)), taller):
         yield {"data": data}
     less = good | {"scale_and_zero": scale_and_zero[:1]}
-    for namespace in ({}, {"qdata": qdata}, less, less | {"_packed": True}):
+    known = {"_packed": True, "_flattened": (True, True, ([], {}))}
+    for namespace in ({}, {"qdata": qdata}, less, less | known):
         yield {"__dict__": namespace}
     yield {"qdata": qdata[:1], "_packed": True}
 

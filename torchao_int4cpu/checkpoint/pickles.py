@@ -31,7 +31,7 @@ FORMAT_VERSION = 4
 _FLOAT16_VERSION = 4
 
 #: Fields that are no part of a file: a loaded weight is one of its own.
-_NOT_SAVED = frozenset(("_packed", "provenance", "split_from"))
+_NOT_SAVED = frozenset(("_packed", "_flattened", "provenance", "split_from"))
 
 _PARTS = (*(part.name for part in Int4OpaqueTensor.PARTS), "block_size", "qdata_layout")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.library import (
+    KERNELS,
     KERNELS_OF_CAPABILITY,
     KERNELS_OF_LAYOUT,
     NativeLibrary,
@@ -102,6 +103,8 @@ _in_forked_child = False
 _native_kernels: dict[str, str] = {}
 _native_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor]] = {}
 _plain_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor | None]] = {}
+#: The same for ops, as an index; C has this dict, so it is changed and never replaced.
+_op_kernels: dict[str, int] = {}
 
 
 class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as a function
@@ -141,11 +144,13 @@ def _select(name: str) -> None:
     _selection = name
     _native_kernels = {} if name == "aten" else _RUNNABLE
     _native_products, _plain_products = {}, {}
+    _op_kernels.clear()
     if not isinstance(LIBRARY, Unavailable):
         for layout, kernel in _native_kernels.items():
             _native_products[layout] = functools.partial(LIBRARY.mm, kernel)
             if kernel in LIBRARY.plain_products and not _in_forked_child:
                 _plain_products[layout] = LIBRARY.plain_products[kernel]
+                _op_kernels[layout] = KERNELS.index(kernel)
 
 
 def get_kernel() -> str:
@@ -227,10 +232,23 @@ def plain_int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> 
     return None if product is None else product(x, weight, bias)
 
 
+def op_function(
+    otherwise: Callable[..., Tensor], is_watched: Callable[[], bool] | None = None
+) -> Callable[..., Tensor]:
+    """`int4_mm` as an op is called, in one call of C where that is possible, else ``otherwise``.
+
+    See `NativeLibrary.op_function`.
+    """
+    if isinstance(LIBRARY, Unavailable):
+        return otherwise
+    return LIBRARY.op_function(_op_kernels, otherwise, is_watched)
+
+
 def _after_fork() -> None:
     global _in_forked_child
     _in_forked_child = True
     _plain_products.clear()
+    _op_kernels.clear()
 
 
 def _leave_the_threads_of_the_parent() -> None:

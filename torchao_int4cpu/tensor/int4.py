@@ -150,6 +150,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
     from_upstream: ClassVar[Callable[..., Int4OpaqueTensor]]
     #: The parts for kernels; None if a part was assigned to since they were checked.
     _packed: PackedInt4 | None = None
+    #: Of what `__tensor_flatten__` gave, and that; None if it was not asked for.
+    _flattened: tuple[PackedInt4, Provenance, tuple[list[str], dict[str, Any]]] | None = None
 
     def __new__(
         cls,
@@ -433,27 +435,44 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         Anyone can assign to a part, and so can a file, even under ``weights_only=True``: torch's
         ``_rebuild_parameter_with_state`` sets any attribute of a tensor that is whole already.
         """
-        if name == "_packed" or (name == "provenance" and not isinstance(value, Provenance)):
+        if name in ("_packed", "_flattened") or (
+            name == "provenance" and not isinstance(value, Provenance)
+        ):
             raise AttributeError(f"{name} of a 4-bit weight is its own; it cannot be set")
         super().__setattr__(name, value)
         if name in _CHECKED:
             self.__dict__["_packed"] = None
-        if name == "__dict__" and not isinstance(self.__dict__.get("provenance", OWN), Provenance):
-            del self.__dict__["provenance"]
+        if name == "__dict__":
+            self.__dict__.pop("_flattened", None)
+            if not isinstance(self.__dict__.get("provenance", OWN), Provenance):
+                del self.__dict__["provenance"]
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        """As torchao's, but fast: a compiled model calls this twice for each layer and run."""
+        """As torchao's, but fast: a compiled model calls this twice for each layer and run.
+
+        It gives the same objects again, which torch only reads. Whatever changes them gives the weight
+        another ``_packed`` or another provenance.
+        """
+        known, packed, provenance = self._flattened, self._packed, self.provenance
+        if known is not None and known[0] is packed and known[1] is provenance:
+            return known[2]
         names = self.tensor_data_names + [
             name for name in self.optional_tensor_data_names if getattr(self, name) is not None
         ]
         with torch._C.DisableTorchFunctionSubclass():  # else shape and dtype are torch functions
-            return names, {
-                "block_size": self.block_size,
-                "shape": self.shape,
-                "qdata_layout": self.qdata_layout,
-                "dtype": self.dtype,
-                "read_only": self.read_only,
-            }
+            flattened = (
+                names,
+                {
+                    "block_size": self.block_size,
+                    "shape": self.shape,
+                    "qdata_layout": self.qdata_layout,
+                    "dtype": self.dtype,
+                    "read_only": self.read_only,
+                },
+            )
+        if packed is not None:
+            self.__dict__["_flattened"] = (packed, provenance, flattened)
+        return flattened
 
     def _quantization_type(self) -> str:  # torchao's name; printed with the module
         text = f"shape={list(self.shape)}, group_size={self.group_size}, dtype={self.dtype}"

@@ -152,6 +152,36 @@ class NativeLibrary:
         made = {name: make(_INDEX[name], table, parts) for name in kernels}
         return {name: function for name, function in made.items() if function is not None}
 
+    def op_function(
+        self,
+        kernels: dict[str, int],
+        otherwise: Callable[..., Tensor],
+        is_watched: Callable[[], bool] | None,
+    ) -> Callable[..., Tensor]:
+        """A function of C for an op ``(x, qdata, scale_and_zero, group_size, layout, columns)``.
+
+        It multiplies, or calls ``otherwise`` with its arguments: where they are not those of a weight
+        ``[columns, K]`` in memory, and where a call is rare (a NaN or an infinity in x, no rows).
+
+        Args:
+            kernels: by layout, which of `KERNELS` multiplies now, as its index; kept, so change the
+                dict to change that. For a layout that is not in it, ``otherwise`` is called.
+            otherwise: computes the same, checks its arguments, and raises what is to be raised.
+            is_watched: whether torch has to see this call, by ``otherwise``, which is called for a
+                tensor that wants a gradient or is a negative view as well. None for the kernel of an
+                op, which torch calls after it has seen to all that.
+
+        Returns:
+            ``otherwise`` itself where the library was compiled without Python's headers.
+        """
+        if not self.plain_products:
+            return otherwise
+        make = ctypes.PyDLL(str(self.path.resolve())).int4cpu_op
+        make.argtypes = [ctypes.py_object] * 3
+        make.restype = ctypes.py_object
+        made: Callable[..., Tensor] | None = make(kernels, otherwise, is_watched)
+        return made or otherwise
+
     def _share_threads(self) -> bool:
         """Hand over PyTorch's OpenMP runtime, which torch loads for all to see."""
         process = ctypes.CDLL(None)

@@ -23,7 +23,13 @@ from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.ops.register import LIBRARY, define_product, is_eager
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
-from torchao_int4cpu.kernels.selection import decode_max_rows, get_kernel, int4_mm, native_kernel
+from torchao_int4cpu.kernels.selection import (
+    decode_max_rows,
+    get_kernel,
+    int4_mm,
+    native_kernel,
+    op_function,
+)
 
 
 def traceable_int4_mm(x: Tensor, weight: PackedInt4) -> Tensor:
@@ -105,8 +111,8 @@ def _int4_mm_transposed(y: Tensor, weight: PackedInt4) -> Tensor:
     return int4_mm_grad(y, weight)
 
 
-define_product("int4_mm", int4_mm, ndim=2)
-define_product("int4_mm_differentiable", int4_mm, ndim=2)
+define_product("int4_mm", int4_mm, ndim=2, function=op_function)
+define_product("int4_mm_differentiable", int4_mm, ndim=2, function=op_function)
 
 #: ``y · W``: ``(y [M, N], weight)`` to ``[M, K]``, what `int4_mm_grad` gives. It has no gradient.
 traceable_int4_mm_transposed = define_product(

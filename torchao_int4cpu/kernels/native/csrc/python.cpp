@@ -33,7 +33,7 @@ struct DlExchange {
 };
 
 constexpr int32_t kDlCpu = 1;
-constexpr uint8_t kDlFloat = 2, kDlBfloat = 4;
+constexpr uint8_t kDlUnsigned = 1, kDlFloat = 2, kDlBfloat = 4;
 
 // --- tensors ------------------------------------------------------------------------------------
 
@@ -157,15 +157,9 @@ bool describe_bias(PyObject* bias, int4cpu::Call& call) {
   return call.bias_dtype >= 0;
 }
 
-// The result, or null if this is for Python code: an exception may be set, or not.
-PyObject* product(PyObject* kernel, PyObject* x, PyObject* weight, PyObject* bias) {
-  DlTensor rows;
-  int4cpu::Call call = {};
-  call.kernel = static_cast<int32_t>(number(kernel));
-  if (!is_tensor(x) || !is_plain(x) || !view(x, rows) || rows.ndim < 1 ||
-      !describe_weight(weight, call) || !describe_bias(bias, call)) {
-    return nullptr;
-  }
+// Multiplies `rows`, a view of x, by what `call` says of the kernel, the weight and the bias. The result,
+// or null; `not_finite` is what `int4cpu_mm` returned.
+PyObject* multiply(const DlTensor& rows, int4cpu::Call& call, int64_t& not_finite) {
   call.x = rows.data;
   call.x_stride = row_stride(rows);
   call.dtype = dtype_of(rows);
@@ -183,8 +177,23 @@ PyObject* product(PyObject* kernel, PyObject* x, PyObject* weight, PyObject* bia
   call.y = result.data;
 
   PyThreadState* state = PyEval_SaveThread();
-  const int64_t not_finite = int4cpu_mm(&call);
+  not_finite = int4cpu_mm(&call);
   PyEval_RestoreThread(state);
+  return y;
+}
+
+// The result, or null if this is for Python code: an exception may be set, or not.
+PyObject* product(PyObject* kernel, PyObject* x, PyObject* weight, PyObject* bias) {
+  DlTensor rows;
+  int4cpu::Call call = {};
+  call.kernel = static_cast<int32_t>(number(kernel));
+  if (!is_tensor(x) || !is_plain(x) || !view(x, rows) || rows.ndim < 1 ||
+      !describe_weight(weight, call) || !describe_bias(bias, call)) {
+    return nullptr;
+  }
+  int64_t not_finite;
+  PyObject* y = multiply(rows, call, not_finite);
+  if (y == nullptr) return nullptr;
   if (not_finite == 0) return y;
   if (not_finite > 0) {
     const Ref done(PyObject_CallFunctionObjArgs(torch.multiply_rows, y, x, weight, bias, nullptr));
@@ -203,6 +212,96 @@ PyObject* call_product(PyObject* kernel, PyObject* const* arguments, Py_ssize_t 
   Py_INCREF(Py_None);
   return Py_None;
 }
+
+// --- the op -------------------------------------------------------------------------------------
+
+// Whether the parts are those of a weight [n, k]: `check_packed` of format/checks.py, which says what is
+// wrong with others. They may come from a file, so no number is computed with before it is compared.
+bool fits(const DlTensor& codes, const DlTensor& pairs, int64_t group_size, int64_t n, int64_t k) {
+  if (group_size != 32 && group_size != 64 && group_size != 128 && group_size != 256) return false;
+  if (codes.ndim != 2 || codes.type != kDlUnsigned || codes.bits != 8 || codes.lanes != 1 ||
+      pairs.ndim != 3 || dtype_of(pairs) != int4cpu::kBFloat16) {
+    return false;
+  }
+  const int64_t padded_n = codes.shape[0], half_k = codes.shape[1];
+  if (n < 1 || n > padded_n || padded_n - n >= 16 || padded_n % 16 != 0) return false;
+  if (k < 1 || k > 2 * half_k || 2 * half_k - k >= group_size || 2 * half_k % group_size != 0) {
+    return false;
+  }
+  const int64_t groups = 2 * half_k / group_size;
+  const bool apart =
+      groups == 1 || (pairs.strides[0] % 2 == 0 && pairs.strides[0] >= 2 * padded_n);
+  return codes.strides[0] == half_k && codes.strides[1] == 1 && pairs.shape[0] == groups &&
+         pairs.shape[1] == padded_n && pairs.shape[2] == 2 && pairs.strides[1] == 2 &&
+         pairs.strides[2] == 1 && apart;
+}
+
+// Where the functions of ops find what they need, in the tuple that is their "self".
+enum OpState : Py_ssize_t { kKernels, kOtherwise, kIsWatched, kOpStateSize };
+
+// The result, or null if this is for the other function: an exception may be set, or not.
+PyObject* op_product(PyObject* state, PyObject* const* arguments) {
+  PyObject *x = arguments[0], *qdata = arguments[1], *scale_and_zero = arguments[2];
+  DlTensor rows, codes, pairs;
+  if (!is_tensor(x) || !is_tensor(qdata) || !is_tensor(scale_and_zero) || !view(x, rows) ||
+      !view(qdata, codes) || !view(scale_and_zero, pairs) || rows.ndim != 2) {
+    return nullptr;
+  }
+  PyObject* is_watched = PyTuple_GetItem(state, kIsWatched);
+  if (is_watched != Py_None) {
+    if (!is_plain(x) || !is_plain(qdata) || !is_plain(scale_and_zero)) return nullptr;
+    const Ref watched(PyObject_CallNoArgs(is_watched));
+    if (watched.object != Py_False) return nullptr;
+  }
+  PyObject* kernel = PyDict_GetItemWithError(PyTuple_GetItem(state, kKernels), arguments[4]);
+  if (kernel == nullptr) return nullptr;
+  int4cpu::Call call = {};
+  call.kernel = static_cast<int32_t>(number(kernel));
+  const int64_t group_size = number(arguments[3]);
+  call.group_size = static_cast<int32_t>(group_size);
+  call.n = number(arguments[5]);
+  call.k = rows.shape[1];
+  if (!fits(codes, pairs, group_size, call.n, call.k)) return nullptr;
+  call.qdata = codes.data;
+  call.scale_and_zero = pairs.data;
+  call.qparams_stride = pairs.strides[0] / 2;
+  int64_t not_finite;
+  PyObject* y = multiply(rows, call, not_finite);
+  if (y == nullptr || not_finite == 0) return y;
+  Py_DECREF(y);
+  return nullptr;
+}
+
+PyObject* call_otherwise(PyObject* state, PyObject* const* arguments, Py_ssize_t count,
+                         PyObject* names) {
+  const Ref positional(PyTuple_New(count)), named(PyDict_New());
+  if (positional.object == nullptr || named.object == nullptr) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Py_INCREF(arguments[i]);
+    PyTuple_SetItem(positional.object, i, arguments[i]);
+  }
+  const Py_ssize_t names_count = names == nullptr ? 0 : PyTuple_Size(names);
+  for (Py_ssize_t i = 0; i < names_count; ++i) {
+    if (PyDict_SetItem(named.object, PyTuple_GetItem(names, i), arguments[count + i]) != 0) {
+      return nullptr;
+    }
+  }
+  return PyObject_Call(PyTuple_GetItem(state, kOtherwise), positional.object, named.object);
+}
+
+PyObject* call_op(PyObject* state, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
+  if (count == 6 && names == nullptr) {
+    PyObject* y = op_product(state, arguments);
+    if (y != nullptr) return y;
+    PyErr_Clear();
+  }
+  return call_otherwise(state, arguments, count, names);
+}
+
+PyMethodDef kOpMethod = {
+    "int4_mm_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_op)),
+    METH_FASTCALL | METH_KEYWORDS,
+    "(x, qdata, scale_and_zero, group_size, layout, columns) -> Tensor"};
 
 PyMethodDef kMethod = {
     "int4_mm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_product)),
@@ -234,5 +333,21 @@ extern "C" __attribute__((visibility("default"))) PyObject* int4cpu_product(PyOb
     exchange = offered;
   }
   return PyCFunction_NewEx(&kMethod, kernel, nullptr);
+}
+
+// A Python function ``(x, qdata, scale_and_zero, group_size, layout, columns)`` that multiplies, or calls
+// `otherwise` with its arguments: where they are not those of a weight, or are rare. `kernels` is a dict
+// that says which kernel multiplies now, its number by the layout that it reads. `is_watched` tells
+// whether torch has to see the call; it is None for the kernel of an op, whose call torch has seen, along
+// with gradients and negative views. Returns None where `int4cpu_product` got no table of torch's.
+extern "C" __attribute__((visibility("default"))) PyObject* int4cpu_op(PyObject* kernels,
+                                                                       PyObject* otherwise,
+                                                                       PyObject* is_watched) {
+  if (exchange == nullptr) {
+    Py_INCREF(Py_None);
+    return Py_None;
+  }
+  const Ref state(PyTuple_Pack(kOpStateSize, kernels, otherwise, is_watched));
+  return state.object == nullptr ? nullptr : PyCFunction_NewEx(&kOpMethod, state.object, nullptr);
 }
 #endif
