@@ -190,21 +190,24 @@ def test_products(dtype: torch.dtype, layout: NibbleLayout) -> None:
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_the_kernels_that_round_no_activation_are_exact(name: str) -> None:
-    """Additions of K terms in float32, each 2^-24, in any order: far below 1e-5 in the norm."""
+    """Additions of K terms in float32, each 2^-24, in any order: far below 1e-5 in the norm.
+
+    Few rows are rounded to 16 bits, by 1 / 32640 of the largest of a group at most: 5e-5.
+    """
     variant = variant_of(name)
     for symmetric in (True, False):
         value = foreign(128, 512, 128, symmetric=symmetric)
         packed = of(value).packed()
         codes = value.codes
         packed = packed._replace(qdata=pack(codes, variant.layout), layout=variant.layout)
-        for rows in (1, 4, 16):
+        for rows in (1, 4, 16, 40):
             x = torch.randn(rows, 512) + 1
             y, stored = variant.mm(x, packed).double(), int4_mm_reference(x, packed)
-            assert float((y - stored).norm() / stored.norm()) <= 1e-5
+            assert float((y - stored).norm() / stored.norm()) <= (1e-5 if rows > 16 else 5e-5)
             # Against the checkpoint itself: its zeros, but not 0, were rounded by 2^-11 at most.
             exact = x.double() @ value.dequantize(torch.float64).t()
             error = float((y - exact).norm() / exact.norm())
-            assert error <= (1e-5 if symmetric else 2.0**-11)
+            assert error <= ((1e-5 if rows > 16 else 5e-5) if symmetric else 2.0**-11)
             rounded = packed._replace(scale_and_zero=packed.scale_and_zero.bfloat16())
             assert error < float((int4_mm_reference(x, rounded) - exact).norm() / exact.norm()) / 4
 

@@ -20,7 +20,7 @@ from tests.native_variants import Variant, variant_of
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection
-from torchao_int4cpu.kernels.native.library import KERNELS
+from torchao_int4cpu.kernels.native.library import FEW_ROWS_KERNELS, KERNELS
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -120,7 +120,7 @@ def wrong_arguments(variant: Variant) -> list[tuple[Any, ...]]:
         *({1: other} for other in (q.to(torch.int8), q.t().contiguous().t(), q.to("meta"), freed)),
         *({1: other} for other in (q.as_subclass(Subclass), q[:0], q[:, :0], q.bool())),
         *({1: other} for other in (q.repeat_interleave(2, 0)[::2], q.repeat_interleave(2, 1)[:, ::2])),
-        *({2: other} for other in (None, s[0], s[:-1], s[:, :-1], s[..., :1], s[None], s.half())),
+        *({2: other} for other in (None, s[0], s[:-1], s[:, :-1], s[..., :1], s[None], s.double())),
         *({2: other} for other in (s.float(), s.to("meta"), s[:1].expand(3, -1, -1), s[:0])),
         *({2: other} for other in (s.view(torch.int16), s.repeat(2, 1, 1), s[:, :1].expand(3, 48, 2))),
         *({2: other} for other in (F.pad(s, (0, 1))[..., :2], s.transpose(1, 2).contiguous().mT)),
@@ -213,7 +213,7 @@ def test_the_dict_says_which_kernel_multiplies(variant: Variant) -> None:
     assert call(*good) is left.answer
     kernels[variant.layout.name] = KERNELS.index(variant.name)
     assert call(*good) is not left.answer
-    for wrong in (-1, len(KERNELS), "amx", None):
+    for wrong in (-1, len(KERNELS + FEW_ROWS_KERNELS), "amx", None):
         kernels[variant.layout.name] = wrong  # type: ignore[assignment]
         assert call(*good) is left.answer
     kernels.clear()

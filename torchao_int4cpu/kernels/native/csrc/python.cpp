@@ -220,7 +220,7 @@ PyObject* call_product(PyObject* kernel, PyObject* const* arguments, Py_ssize_t 
 bool fits(const DlTensor& codes, const DlTensor& pairs, int64_t group_size, int64_t n, int64_t k) {
   if (group_size != 32 && group_size != 64 && group_size != 128 && group_size != 256) return false;
   if (codes.ndim != 2 || codes.type != kDlUnsigned || codes.bits != 8 || codes.lanes != 1 ||
-      pairs.ndim != 3 || dtype_of(pairs) != int4cpu::kBFloat16) {
+      pairs.ndim != 3 || dtype_of(pairs) < 0 || dtype_of(pairs) == int4cpu::kFloat32) {
     return false;
   }
   const int64_t padded_n = codes.shape[0], half_k = codes.shape[1];
@@ -265,6 +265,7 @@ PyObject* op_product(PyObject* state, PyObject* const* arguments) {
   call.qdata = codes.data;
   call.scale_and_zero = pairs.data;
   call.qparams_stride = pairs.strides[0] / 2;
+  call.qparams_dtype = dtype_of(pairs);
   int64_t not_finite;
   PyObject* y = multiply(rows, call, not_finite);
   if (y == nullptr || not_finite == 0) return y;
