@@ -80,6 +80,8 @@ def test_it_follows_every_change() -> None:
     foreign = next(name for name in LAYOUTS if name != weight.qdata_layout)
     weight.qdata_layout = foreign
     assert asked(weight)[1]["qdata_layout"] == foreign
+    weight.packed()  # from now on they are known
+    assert asked(weight)[1]["read_only"] is False
     weight.provenance = type(weight.provenance)(read_only=True)
     assert asked(weight)[1]["read_only"] is True
     assert asked(weight.repack_())[1]["qdata_layout"] == other.qdata_layout
