@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.scales import SCALES
 from torchao_int4cpu import get_kernel, set_kernel
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE
@@ -33,7 +34,7 @@ def pytest_report_header() -> str:
     return (
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
         f"layout {layout.name if layout else None}, dense product in {DENSE_DTYPE}, "
-        f"native kernel {kernel or native_unavailable()}"
+        f"native kernel {kernel or native_unavailable()}, scales in {SCALES}"
     )
 
 

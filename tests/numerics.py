@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests import SCALES
+from tests.scales import SCALES
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.format.layout import NibbleLayout, native_layout, pack
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference

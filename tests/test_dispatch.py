@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests import SCALES
 from tests.numerics import assert_int4, product_bound, random_groupwise
+from tests.scales import SCALES
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named, native_layout
 from torchao_int4cpu.format.packed import int4_mm_reference

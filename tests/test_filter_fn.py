@@ -218,8 +218,9 @@ def test_a_compiled_encoder(choose: Any) -> None:
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = batch(2, 7)
     with torch.no_grad():
-        # In eager mode attention that is dense takes torch's own op, which adds in another order.
-        assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-5 if choose is None else 0)
+        # In eager mode attention that is dense takes torch's own op, which adds in another order, and
+        # x is rounded to 16 bits after it.
+        assert torch.allclose(compiled(x), model(x), rtol=0, atol=1e-3 if choose is None else 0)
         assert_like_the_twin(model, lambda module, dtype: module(x.to(dtype)).detach())
 
 

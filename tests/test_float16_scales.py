@@ -24,10 +24,10 @@ from torchao.prototype.safetensors.safetensors_support import (
     unflatten_tensor_state_dict,
 )
 
-from tests import SCALES_VARIABLE
 from tests.native_variants import variant_of
 from tests.numerics import assert_int4, assert_product, native
 from tests.processes import ROOT, Ranks, in_ranks, raises
+from tests.scales import SCALES_VARIABLE
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.checkpoint.pickles import get_state
 from torchao_int4cpu.checkpoint.safetensors import from_safetensors, metadata_of

@@ -250,6 +250,7 @@ def test_an_eager_layer_comes_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.slow
 def test_without_python_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library works as before, only slower for small layers, and `info` says so."""
     if isinstance(selection.LIBRARY, Unavailable):
