@@ -131,6 +131,23 @@ def check_geometry(
         )
 
 
+FREED_MESSAGE = (
+    "got a 4-bit weight whose memory was freed (resize_(0) of the storage of a part); "
+    "load or quantize it again"
+)
+
+
+def check_not_freed(weight: PackedInt4) -> None:
+    """Check that the parts have memory, because PyTorch's op would read the address 0.
+
+    Raises:
+        ValueError: the storage of a part was resized to nothing.
+    """
+    for part in (weight.qdata, weight.scale_and_zero):
+        if type(part) is Tensor and part.is_cpu and part.data_ptr() == 0:
+            raise ValueError(FREED_MESSAGE)
+
+
 def check_packed(weight: PackedInt4, ndim: int, *others: Tensor) -> None:
     """Check the arguments of an op, which may have been read from a file, before a kernel reads memory.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchao_int4cpu.format.checks import check_not_freed
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.library import (
@@ -216,6 +217,7 @@ def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor
     native = _native_products.get(weight.layout.name)
     if native is not None:
         return native(x, weight, bias)
+    check_not_freed(weight)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.n)
     y = (decode if choose_kernel(x.shape[0], weight) == "decode" else prefill)(x, weight)

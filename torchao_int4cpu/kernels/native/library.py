@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from torchao_int4cpu.format.checks import FREED_MESSAGE
 from torchao_int4cpu.format.groupwise import CODE_OFFSET
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, pack
 from torchao_int4cpu.format.packed import PackedInt4
@@ -282,10 +283,7 @@ class NativeLibrary:
             if not_finite == _NO_MEMORY:
                 raise MemoryError(f"no memory to pack an activation of shape {[m, k]}")
             if not_finite == _FREED:
-                raise ValueError(
-                    "got a 4-bit weight whose memory was freed (resize_(0) of the storage of a part); "
-                    "load or quantize it again"
-                )
+                raise ValueError(FREED_MESSAGE)
             assert not_finite > 0, f"int4cpu_mm({kernel}) returned {not_finite}"
             _multiply_rows_not_finite(y, x, weight, bias)
         return y
