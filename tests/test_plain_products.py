@@ -183,7 +183,8 @@ def test_it_keeps_no_reference(variant: Variant) -> None:
 
     before = call(10)
     after = call(1000)
-    assert after == before
+    # A reference kept by each call would be a thousand; caches of torch's may keep one.
+    assert all(abs(then - now) < 100 for then, now in zip(before, after))
 
 
 def test_other_threads_run_meanwhile(variant: Variant) -> None:
