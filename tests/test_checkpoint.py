@@ -28,8 +28,8 @@ from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.checkpoint.pickles import FORMAT_VERSION, get_state, get_state_of_view
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named
 from torchao_int4cpu.format.slicing import repack
-from torchao_int4cpu.tensor.int4 import Provenance
 from torchao_int4cpu.tensor.module_repr import ExtraRepr
+from torchao_int4cpu.tensor.provenance import Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 

@@ -39,7 +39,7 @@ MODULES = {
     "kernels.native": ["build", "setup_commands", "library"],
     "kernels": ["selection", "experts"],
     "kernels.ops": ["register", "products", "experts", "dequantize", "slicing"],
-    "tensor": ["int4", "transposed", "module_repr"],
+    "tensor": ["provenance", "int4", "transposed", "module_repr"],
     "dispatch": [
         "table",
         "transposition",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.native_variants import Variant, variant_of
+from tests.references import assert_keeps_no_reference, in_three_threads
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection
@@ -229,16 +227,11 @@ def test_it_keeps_no_reference(variant: Variant) -> None:
     calls = [(x, *rest), (bad, *rest), (x.double(), *rest), (x, *rest[:-1], 10**30)]
     kept = [x, bad, *rest[:2], rest[3], torch.float32, torch.get_num_threads, left.answer]
 
-    def count(times: int) -> list[int]:
-        for _ in range(times):
-            for arguments in calls:
-                call(*arguments)
-        gc.collect()
-        tensors = sum(type(found) is Tensor for found in gc.get_objects())
-        return [tensors, *map(sys.getrefcount, kept)]
+    def each() -> None:
+        for arguments in calls:
+            call(*arguments)
 
-    before = count(10)
-    assert [now - then for now, then in zip(count(1000), before)] == [0] * len(before)
+    assert_keeps_no_reference(each, kept)
 
 
 def test_threads_at_once(variant: Variant) -> None:
@@ -253,11 +246,7 @@ def test_threads_at_once(variant: Variant) -> None:
             if not torch.equal(call(inputs[i % 4], *rest), expected[i % 4]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_three_threads(work)
     assert not wrong
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import gc
-import sys
 import sysconfig
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.native_variants import Variant, variant_of
+from tests.references import assert_keeps_no_reference, in_three_threads
 from tests.weights import random_weight
 from torchao_int4cpu.kernels import selection
 from torchao_int4cpu.kernels.native.build import compile_library
@@ -173,18 +171,11 @@ def test_it_keeps_no_reference(variant: Variant) -> None:
     ]
     kept = [x, weight, bias, bad, *weight, torch.float32, torch.get_num_threads, torch.is_grad_enabled]
 
-    def call(times: int) -> list[int]:
-        for _ in range(times):
-            for arguments in calls:
-                plain(*arguments)
-        gc.collect()
-        tensors = sum(type(found) is Tensor for found in gc.get_objects())
-        return [tensors, *map(sys.getrefcount, kept)]
+    def call() -> None:
+        for arguments in calls:
+            plain(*arguments)
 
-    before = call(10)
-    after = call(1000)
-    # A reference kept by each call would be a thousand; caches of torch's may keep one.
-    assert all(abs(then - now) < 100 for then, now in zip(before, after))
+    assert_keeps_no_reference(call, kept)
 
 
 def test_other_threads_run_meanwhile(variant: Variant) -> None:
@@ -204,11 +195,7 @@ def test_other_threads_run_meanwhile(variant: Variant) -> None:
                 if not torch.equal(y, right):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_three_threads(work)
     assert not wrong
 
 

@@ -28,7 +28,7 @@ from torchao_int4cpu.format.checks import check_parts
 from torchao_int4cpu.format.layout import layout_named
 from torchao_int4cpu.format.packed import int4_mm_reference
 from torchao_int4cpu.format.slicing import repack
-from torchao_int4cpu.tensor.int4 import Provenance
+from torchao_int4cpu.tensor.provenance import Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 Weight = Int4OpaqueTensor | Int4TransposedTensor

@@ -18,8 +18,9 @@ import torch
 from torchao_int4cpu.format import groupwise
 from torchao_int4cpu.format.checks import check_parts, shown
 from torchao_int4cpu.tensor import module_repr, transposed
-from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.module_repr import ExtraRepr
+from torchao_int4cpu.tensor.provenance import Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
 #: Raised whenever a reader of the old format could not read the new one. 2 brought stacks and

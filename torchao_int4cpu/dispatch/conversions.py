@@ -18,7 +18,8 @@ from torchao_int4cpu.dispatch.table import (
 from torchao_int4cpu.dispatch.transposition import aliased
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES
 from torchao_int4cpu.format.slicing import legal_pieces
-from torchao_int4cpu.tensor.int4 import Filling, Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.provenance import Filling, Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 aten = torch.ops.aten

@@ -22,7 +22,8 @@ from torchao_int4cpu.format.slicing import (
     write_rows,
 )
 from torchao_int4cpu.kernels.ops.slicing import traceable_join_rows
-from torchao_int4cpu.tensor.int4 import Cut, Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.provenance import Cut, Provenance
 
 
 def cut(t: Int4OpaqueTensor, dim: int, start: int, stop: int) -> Int4OpaqueTensor:

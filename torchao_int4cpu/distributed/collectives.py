@@ -16,7 +16,8 @@ from torchao_int4cpu.dispatch.table import implements
 from torchao_int4cpu.dispatch.transposition import transposed
 from torchao_int4cpu.format.layout import LAYOUTS, layout_numbered
 from torchao_int4cpu.kernels.ops.slicing import traceable_repack
-from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor, Provenance
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.provenance import Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 #: The dtypes of parts, as they are sent; 0 stands for no such part.

@@ -101,23 +101,7 @@ void multiply(const Problem& p, const Task& t, float* totals) {
 }
 
 int64_t spin(int64_t rounds) {
-  const TileConfig config;
-  TILE_BEGIN(config);
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
-  alignas(64) uint8_t values[kTile * 64];
-  memset(values, 0x3C, sizeof values);  // as in gemm.h: tiles of zeros are measurably faster
-  TILE_LOAD(4, values, 64);
-  TILE_LOAD(6, values, 64);
-  for (int64_t i = 0; i < rounds; ++i) {
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 6);
-    TILE_DOT(2, 4, 6);
-    TILE_DOT(3, 4, 6);
-  }
-  TILE_END();
+  SPIN_TILES(rounds, TILE_DOT);
   return INT64_C(2) * 4 * kTile * kTile * kTileColumns;
 }
 

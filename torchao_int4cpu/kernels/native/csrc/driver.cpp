@@ -380,7 +380,8 @@ EXPORT void int4cpu_exclude(int32_t kernel) {
   __atomic_fetch_or(&excluded, 1U << kernel, __ATOMIC_RELAXED);
 }
 
-// Up to how many rows the kernels for few rows are taken.
+// Up to how many rows the kernels for few rows are taken: so many have the same bits everywhere, which is
+// promised. Beyond, the fastest kernel of a CPU is to be measured.
 constexpr int64_t kFewRows = 16;
 
 // From how many rows, and for which groups, byte tiles are ahead of 16-bit products: on a Xeon with both,
