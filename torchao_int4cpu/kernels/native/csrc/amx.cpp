@@ -79,7 +79,7 @@ void multiply(const Problem& p, const Task& t, float* totals) {
   TILE_BEGIN(config);  // each thread has its own, and others may have changed it
   for (int64_t s = t.step; s < t.step_end; ++s) {
     Here::expand_step(p, block, s, panel);
-    const Here::QParams q = Here::qparams(p, block, s * p.step);
+    const Here::QParams q = Here::qparams(p, block, Here::group_of(p, s));
     for (int64_t row = t.row; row < t.row_end; row += kRows) {
       const int64_t count = t.row_end - row < kRows ? t.row_end - row : kRows;
       const uint16_t* x = Here::packed_row(p, s, row);

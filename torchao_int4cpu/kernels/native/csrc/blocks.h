@@ -91,11 +91,17 @@ struct Blocks {
     Vec scale[4], zero[4];
   };
 
-  static QParams qparams(const Problem& p, const Block& block, int64_t column) {
-    const uint32_t* pairs =
-        p.scale_and_zero + column / p.group_size * p.qparams_stride + block.first_row;
+  static int64_t group_of(const Problem& p, int64_t step) { return step * p.step / p.group_size; }
+
+  static QParams qparams(const Problem& p, const Block& block, int64_t group) {
+    return block.whole ? qparams<true>(p, block, group) : qparams<false>(p, block, group);
+  }
+
+  template <bool Whole>
+  static QParams qparams(const Problem& p, const Block& block, int64_t group) {
+    const uint32_t* pairs = p.scale_and_zero + group * p.qparams_stride + block.first_row;
     alignas(64) uint32_t ordered[kBlock];
-    if (!block.whole) {
+    if constexpr (!Whole) {
       for (int v = 0; v < 4; ++v) {
         for (int lane = 0; lane < kLanes; ++lane) {
           const int row = short_row(v, lane);
@@ -119,9 +125,8 @@ struct Blocks {
   }
 
   // Scales of one block are a page or more apart, so no hardware prefetcher follows them.
-  static void prefetch_qparams(const Problem& p, const Block& block, int64_t step) {
-    const int64_t group = step * p.step / p.group_size + 3;
-    prefetch(p.scale_and_zero + group * p.qparams_stride + block.first_row, kBlock * 4);
+  static void prefetch_qparams(const Problem& p, const Block& block, int64_t group) {
+    prefetch(p.scale_and_zero + (group + 3) * p.qparams_stride + block.first_row, kBlock * 4);
   }
 
   static void prefetch(const void* from, int64_t bytes) {

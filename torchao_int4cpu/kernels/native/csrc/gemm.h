@@ -14,7 +14,7 @@ template <class Isa>
 struct Gemm : Blocks<Isa> {
   using Base = Blocks<Isa>;
   using typename Base::QParams;
-  using Base::block_at, Base::qparams, Base::prefetch_qparams, Base::prefetch;
+  using Base::block_at, Base::group_of, Base::qparams, Base::prefetch_qparams, Base::prefetch;
   using Base::kLanes, Base::kBlock;
   using Vec = typename Isa::Vec;
   using Operand = typename Isa::Operand;  // expanded codes, or a broadcast of x
@@ -63,7 +63,7 @@ struct Gemm : Blocks<Isa> {
     const uint8_t* bytes = block.bytes + t.step * p.step * block.column_bytes;
     for (int64_t s = t.step; s < t.step_end; ++s) {
       const Element* x = packed_row(p, s, row);
-      prefetch_qparams(p, block, s);
+      prefetch_qparams(p, block, group_of(p, s));
       Vec acc[Rows][4];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
@@ -78,7 +78,7 @@ struct Gemm : Blocks<Isa> {
         bytes += kDepth * block.column_bytes;
         dot<Rows>(acc, w, x + k, p.step);
       }
-      apply<Rows>(qparams(p, block, s * p.step), acc, sums(p) + s * p.packed_rows + row, totals);
+      apply<Rows>(qparams(p, block, group_of(p, s)), acc, sums(p) + s * p.packed_rows + row, totals);
     }
   }
 
@@ -105,7 +105,7 @@ struct Gemm : Blocks<Isa> {
   static void expand_step(const Problem& p, const Block& block, int64_t step, Operand* panel) {
     const typename Isa::Expander expand(block.whole, block.column_bytes);
     const uint8_t* bytes = block.bytes + step * p.step * block.column_bytes;
-    prefetch_qparams(p, block, step);
+    prefetch_qparams(p, block, group_of(p, step));
     for (int32_t k = 0; k < p.step; k += kDepth, panel += 4) {
       _mm_prefetch(reinterpret_cast<const char*>(bytes) + kPanelPrefetch, _MM_HINT_T0);
       Operand w[4];
@@ -133,7 +133,7 @@ struct Gemm : Blocks<Isa> {
     alignas(64) Operand panel[Isa::kMaxStep / kDepth * 4];
     for (int64_t s = t.step; s < t.step_end; ++s) {
       expand_step(p, block, s, panel);
-      const QParams q = qparams(p, block, s * p.step);
+      const QParams q = qparams(p, block, group_of(p, s));
       for (int64_t row = t.row; row < t.row_end; row += Isa::kTileRows) {
         with_rows<Isa::kTileRows>(t.row_end - row, [&]<int Rows>() {
           tile<Rows>(p, panel, q, s, row, totals + (row - t.row) * kBlock);

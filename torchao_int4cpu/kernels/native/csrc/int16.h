@@ -131,7 +131,7 @@ template <class Isa>
 struct Int16 : Blocks<Isa> {
   using Base = Blocks<Isa>;
   using typename Base::QParams;
-  using Base::block_at, Base::qparams, Base::prefetch_qparams;
+  using Base::block_at, Base::prefetch_qparams;
   using Base::kLanes, Base::kBlock;
   using Vec = typename Isa::Vec;
   using Ints = typename Isa::Ints;
@@ -217,7 +217,11 @@ struct Int16 : Blocks<Isa> {
     Vec f[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) f[v] = Isa::multiply(Isa::to_float(sums[v]), unit);
-    if (__builtin_expect(group.count != 0, 0)) add_outliers(block, bytes, group, f);
+    if (__builtin_expect(group.count != 0, 0)) {
+      Vec copy[4] = {f[0], f[1], f[2], f[3]};  // so that f stays in registers
+      add_outliers(block, bytes, group, copy);
+      for (int v = 0; v < 4; ++v) f[v] = copy[v];
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const Vec total = Isa::fma(qp.scale[v], f[v], Isa::load(totals + v * kLanes));
@@ -225,67 +229,63 @@ struct Int16 : Blocks<Isa> {
     }
   }
 
-  // A group of a block times `Rows` rows. Each of `passes` over the group asks for its share of what lies
-  // ahead: memory has to work during all of them.
-  template <int Rows, class Expander>
-  __attribute__((noinline)) static void multiply_group(const Problem& p, const Block& block, const Expander& expander, int64_t s,
-                             int64_t row, int pass, int passes, const QParams& qp, float* totals) {
-    const Expander expand = expander;  // in registers
-    const uint8_t* const bytes = block.bytes + s * p.step * block.column_bytes;
-    const int32_t share = p.step * block.column_bytes / passes;
-    const uint8_t* ahead = bytes + kPrefetch + pass * share;
-    const int16_t* x = packed_row(p, s, row);
-    const Group* group = groups(p, s) + row;
-    Ints acc[Rows][4];
+  // A task of a block times `Rows` of its rows from `row` on. Each of `passes` over the bytes asks for its
+  // share of what comes next: memory has to work during all of them.
+  template <int Rows, bool Whole>
+  __attribute__((noinline)) static void multiply_rows(const Problem& p, const Task& t, const Block& block,
+                                                      int64_t row, int pass, int passes, float* totals) {
+    const typename Isa::template Expander<Whole> expand(block.column_bytes);
+    const int64_t step_bytes = p.step * block.column_bytes;
+    const int64_t task_bytes = (t.step_end - t.step) * step_bytes;
+    const uint8_t* bytes = block.bytes + t.step * step_bytes;
+    const uint8_t* ahead = bytes + (passes == 1 ? kPrefetch : task_bytes + task_bytes / passes * pass);
+    const int32_t share = 2 * block.column_bytes / passes;
+    for (int64_t s = t.step; s < t.step_end; ++s) {
+      const int16_t* x = packed_row(p, s, row);
+      const Group* group = groups(p, s) + row;
+      const uint8_t* const start = bytes;
+      prefetch_qparams(p, block, s);
+      Ints acc[Rows][4];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      acc[r][0] = acc[r][3] = Isa::splat_int(group[r].start);
-      acc[r][1] = acc[r][2] = Isa::splat_int(group[r].start_of_bytes);
-    }
-    const uint8_t* at = bytes;
-    const int32_t line = 64 / passes;
-    for (int32_t k = 0; k < p.step; k += 2 * Isa::kPairs) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-      ahead += line;
-#pragma GCC unroll 2
-      for (int pair = 0; pair < Isa::kPairs; ++pair) {
+      for (int r = 0; r < Rows; ++r) {
+        acc[r][0] = acc[r][3] = Isa::splat_int(group[r].start);
+        acc[r][1] = acc[r][2] = Isa::splat_int(group[r].start_of_bytes);
+      }
+      for (int32_t k = 0; k < p.step; k += 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+        ahead += share;
         Ints w[4];
-        expand(at, w);
-        at += 2 * block.column_bytes;
+        expand(bytes, w);
+        bytes += 2 * block.column_bytes;
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
           int32_t both;
-          memcpy(&both, x + r * p.step + k + 2 * pair, sizeof both);
+          memcpy(&both, x + r * p.step + k, sizeof both);
           const Ints broadcast = Isa::splat_int(both);
 #pragma GCC unroll 4
           for (int v = 0; v < 4; ++v) Isa::dot(acc[r][v], w[v], broadcast);
         }
       }
-    }
+      const QParams qp = Base::template qparams<Whole>(p, block, s);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const Ints sums[4] = {acc[r][0], Isa::subtract(acc[r][2], Isa::times_16(acc[r][3])),
-                            Isa::over_16(Isa::subtract(acc[r][1], acc[r][0])), acc[r][3]};
-      apply(block, bytes, qp, group[r], sums, totals + r * kBlock);
+      for (int r = 0; r < Rows; ++r) {
+        const Ints sums[4] = {acc[r][0], Isa::subtract(acc[r][2], Isa::times_16(acc[r][3])),
+                              Isa::over_16(Isa::subtract(acc[r][1], acc[r][0])), acc[r][3]};
+        apply(block, start, qp, group[r], sums, totals + r * kBlock);
+      }
     }
   }
 
   template <bool Whole>
   static void multiply_block(const Problem& p, const Task& t, const Block& block, float* totals) {
-    const typename Isa::template Expander<Whole> expander(block.column_bytes);
     const int64_t rows = t.row_end - t.row;
     const int passes = static_cast<int>((rows + Isa::kRows - 1) / Isa::kRows);
-    for (int64_t s = t.step; s < t.step_end; ++s) {
-      prefetch_qparams(p, block, s);
-      const QParams qp = qparams(p, block, s * p.step);
-      for (int pass = 0; pass < passes; ++pass) {
-        const int64_t begin = rows * pass / passes;
-        const int64_t count = rows * (pass + 1) / passes - begin;
-        with_rows<Isa::kRows>(count, [&]<int Rows>() {
-          multiply_group<Rows>(p, block, expander, s, t.row + begin, pass, passes, qp,
-                               totals + begin * kBlock);
-        });
-      }
+    for (int pass = 0; pass < passes; ++pass) {
+      const int64_t begin = rows * pass / passes;
+      const int64_t count = rows * (pass + 1) / passes - begin;
+      with_rows<Isa::kRows>(count, [&]<int Rows>() {
+        multiply_rows<Rows, Whole>(p, t, block, t.row + begin, pass, passes, totals + begin * kBlock);
+      });
     }
   }
 

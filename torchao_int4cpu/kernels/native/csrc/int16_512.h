@@ -17,7 +17,6 @@ inline void split_bytes(__m512i bytes, __m512i (&w)[4]) {
 struct Ints512 : Vec512 {
   using Ints = __m512i;
   static constexpr int kRows = 6;
-  static constexpr int kPairs = 1;
 
   static Ints splat_int(int32_t value) { return _mm512_set1_epi32(value); }
   static Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }

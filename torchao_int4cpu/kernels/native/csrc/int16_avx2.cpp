@@ -7,7 +7,6 @@ namespace {
 struct Ints256 : Vec256 {
   using Ints = __m256i;
   static constexpr int kRows = 2;
-  static constexpr int kPairs = 2;
 
   static Ints splat_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }

@@ -156,7 +156,7 @@ void multiply_16(const Problem& p, int64_t s, int64_t row, int part, const Panel
 void apply(const Problem& p, const Block& block, int64_t s, int64_t row, int64_t begin, int64_t end,
            const Sums& sums, float* totals) {
   if (begin == end) return;
-  const Here::QParams qp = Here::qparams(p, block, s * p.step);
+  const Here::QParams qp = Here::qparams(p, block, Here::group_of(p, s));
   const uint8_t* bytes = block.bytes + s * p.step * block.column_bytes;
   for (int64_t r = begin; r < end; ++r) {
     const Group& group = Here::groups(p, s)[row + r];
@@ -184,7 +184,7 @@ void multiply_rows(const Problem& p, const Task& t, const Block& block, const Ex
   if (quarters < 4) memset(panel, 0, sizeof panel);
   for (int64_t s = t.step; s < t.step_end + 2; ++s) {
     const bool expands = s < t.step_end, multiplies = s > t.step && s <= t.step_end, applies = s > t.step + 1;
-    if (expands) Here::prefetch_qparams(p, block, s);
+    if (expands) Here::prefetch_qparams(p, block, Here::group_of(p, s));
     for (int part = 0; part < parts; ++part) {
       if (expands && part % 4 < quarters) {
         const uint8_t* bytes = block.bytes + s * p.step * block.column_bytes;
