@@ -21,6 +21,9 @@ from torchao_int4cpu.kernels.selection import LIBRARY, native_unavailable
 #: A library to test instead of the installed one: how test_sanitizers runs these tests again.
 OTHER_LIBRARY = "INT4CPU_TEST_LIBRARY"
 
+#: One kernel of each layout, and those that leave few rows to another.
+CALLED_KERNELS = ("int16_avx2", "int16_vbmi", "avx512_bf16", "amx")
+
 #: Where AMX emulated in plain C++ is compiled to; removed when the process ends.
 _EMULATED = tempfile.TemporaryDirectory(prefix="emulated_amx")
 

@@ -1,4 +1,4 @@
-"""The kernels for few rows: one arithmetic in integers, the same bits wherever and however it runs."""
+"""The kernels of integers: one arithmetic, the same bits wherever and however it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import FEW_ROWS_KERNELS, KERNELS
+from torchao_int4cpu.kernels.native.library import INTEGER_KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,14 +25,14 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROWS = range(1, 17)
 
 
-@pytest.fixture(params=FEW_ROWS_KERNELS)
+@pytest.fixture(params=INTEGER_KERNELS)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
 
 
 def variants() -> list[Variant]:
     """All that run here; a test without any is skipped."""
-    found = [variant_of(name) for name in FEW_ROWS_KERNELS if name in runnable_libraries()]
+    found = [variant_of(name) for name in INTEGER_KERNELS if name in runnable_libraries()]
     return found or pytest.skip(f"no native kernel: {native_unavailable()}")
 
 
@@ -106,10 +106,12 @@ def test_it_is_the_twin_bit_for_bit(name: str, dtype: torch.dtype) -> None:
                 assert_twin(each.mm(x[:m], weight), twin[:m], x[:m], weight)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.usefixtures("_threads")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kernel=st.sampled_from(FEW_ROWS_KERNELS),
-    m=st.integers(1, 40),
+    kernel=st.sampled_from(INTEGER_KERNELS),
+    m=st.integers(1, 80),
+    threads=st.integers(1, 2),
     n=st.integers(1, 150),
     k=st.integers(1, 700),
     group_size=st.sampled_from([32, 64, 128, 256]),
@@ -121,6 +123,7 @@ def test_it_is_the_twin_bit_for_bit(name: str, dtype: torch.dtype) -> None:
 def test_it_is_the_twin_for_any_shape(
     kernel: str,
     m: int,
+    threads: int,
     n: int,
     k: int,
     group_size: int,
@@ -129,6 +132,7 @@ def test_it_is_the_twin_for_any_shape(
     stride: int,
     scales: torch.dtype,
 ) -> None:
+    torch.set_num_threads(threads)  # one cuts no rows, so that tasks have enough of them for a panel
     variant = variant_of(kernel)
     weight = variant.random(n, k, group_size)
     weight = weight._replace(scale_and_zero=weight.scale_and_zero.to(scales))
@@ -156,6 +160,7 @@ def test_the_twin_and_its_multiply_add_are_right() -> None:
 # --- the same bits ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_threads")
 @dtypes
 @pytest.mark.parametrize("name", list(DISTRIBUTIONS))
 def test_a_row_does_not_depend_on_the_others(variant: Variant, name: str, dtype: torch.dtype) -> None:
@@ -167,6 +172,9 @@ def test_a_row_does_not_depend_on_the_others(variant: Variant, name: str, dtype:
     for m in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16):
         y = variant.mm(x[:m], weight)
         assert torch.equal(y.nan_to_num(), alone[:m].nan_to_num())
+    torch.set_num_threads(1)  # so that no task has too few rows for a panel
+    y = variant.mm(x.repeat(20, 1), weight)
+    assert torch.equal(y.nan_to_num(), alone.nan_to_num().repeat(20, 1))
     assert alone[[0, 1, 2, 3, 4, *range(6, 16)]].isfinite().all()
     assert not alone[5].isfinite().any()
 
@@ -196,21 +204,24 @@ def test_instruction_sets_do_not_matter(name: str, dtype: torch.dtype) -> None:
         pytest.skip("one kernel at most runs here")
     for n, k, group_size in ((100, 300, 128), (48, 1300, 32), (70, 2600, 256)):
         groupwise = random_groupwise(n, k, group_size)
-        for m in (1, 3, 16):
+        for m in (1, 3, 16, 200):
             x = activation(name, m, k, dtype)
             first, *others = [each.mm(x, packed_in(groupwise, each.layout)) for each in variants()]
             assert all(torch.equal(first, other) for other in others)
 
 
-def test_every_kernel_leaves_few_rows_to_these() -> None:
+def test_every_kernel_that_may_be_asked_for_leaves_few_rows_to_these() -> None:
     for name, library in runnable_libraries().items():
-        if name in KERNELS:
-            for group_size in (32, 64, 128, 256):
-                few = [library.kernel_for(name, m, group_size) for m in ROWS]
-                assert set(few) <= set(FEW_ROWS_KERNELS)
-                tiles = [m for m, kernel in zip(ROWS, few) if kernel == "int8_amx"]
+        for group_size in (32, 64, 128, 256):
+            few = [library.kernel_for(name, m, group_size) for m in ROWS]
+            if name in ("avx2", "avx512"):  # asked for only where all of integers fail
+                assert set(few) == {name}
+                continue
+            assert set(few) <= set(INTEGER_KERNELS)
+            tiles = [m for m, kernel in zip(ROWS, few) if kernel == "int8_amx"]
+            if name != "int8_amx":
                 assert tiles == ([*range(5, 17)] if name == "amx" and group_size >= 64 else [])
-                assert library.kernel_for(name, 1000, group_size) == name
+            assert library.kernel_for(name, 1000, group_size) == name
 
 
 @dtypes

@@ -20,10 +20,12 @@ from torchao_int4cpu import get_kernel, native_layout, set_kernel
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection as choice
 from torchao_int4cpu.kernels.native.library import (
-    FEW_ROWS_KERNELS,
+    INTEGER_KERNELS,
     KERNELS,
+    KERNELS_OF_LAYOUT,
     NativeLibrary,
     Unavailable,
+    layout_of,
 )
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.selection import int4_mm
@@ -95,7 +97,7 @@ def test_c_and_python_number_the_kernels_alike() -> None:
     for library in runnable_libraries().values():
         name_of = ctypes.CDLL(str(library.path.resolve())).int4cpu_kernel_name
         name_of.restype = ctypes.c_char_p
-        expected = KERNELS + FEW_ROWS_KERNELS
+        expected = KERNELS
         names = [name_of(i) for i in range(len(expected) + 1)]
         assert names == [*(name.encode() for name in expected), None]
 
@@ -105,11 +107,17 @@ def test_kernels_keep_to_pytorchs_capability() -> None:
         assert set(choice._runnable_kernels(library, "AVX2")) <= {"avx2"}
         assert choice._runnable_kernels(library, "DEFAULT") == {}
         best = choice._runnable_kernels(library, "AVX512")
-        for name in ("avx512", "avx512_bf16", "amx"):  # the last that runs is the best
-            if name in library.kernels:
-                expected = name
-        if "avx512" in library.kernels:
-            assert best["avx512"] == expected
+        for layout, names in KERNELS_OF_LAYOUT.items():
+            runnable = [name for name in names if name in library.kernels]
+            assert best.get(layout) == (runnable[0] if runnable else None)
+
+
+def test_every_kernel_is_of_one_layout() -> None:
+    assert {name for names in KERNELS_OF_LAYOUT.values() for name in names} == set(KERNELS) - {
+        "int8_amx"
+    }
+    for layout, names in KERNELS_OF_LAYOUT.items():
+        assert all(layout_of(name).name == layout for name in names)
 
 
 @pytest.fixture
@@ -188,27 +196,21 @@ def _damaged(kernel: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> Native
         return NativeLibrary(path)
 
 
+@pytest.mark.parametrize("layout", ["avx2", "avx512"])
 def test_a_kernel_that_fails_its_self_test_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = _damaged("avx2", tmp_path / "lib.so", monkeypatch)
-    assert library.failed == ("avx2",)
-    assert "avx2" not in library.kernels
-    with pytest.warns(UserWarning, match=r"kernels \['avx2'\] compute wrong numbers on this machine"):
-        assert "avx2" not in choice._runnable_kernels(library, "AVX512")
-
-
-def test_few_rows_go_to_the_best_kernel_that_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """The next best of the layout is asked for, and few rows go to the next best for them."""
     whole = runnable_libraries()
-    for kernel, few in (("avx2", FEW_ROWS_KERNELS[:2]), ("avx512", FEW_ROWS_KERNELS[2:5])):
-        left = [name for name in few if name in whole]
-        if not left:
-            continue
-        best = left.pop()
-        assert whole[kernel].kernel_for(kernel, 1, 32) == best
-        library = _damaged(best, tmp_path / f"{best}.so", monkeypatch)
-        assert library.failed == (best,)
-        assert library.kernel_for(kernel, 1, 32) == (left.pop() if left else kernel)
-        assert library.kernel_for(kernel, 10**6, 32) == kernel
+    left = [name for name in KERNELS_OF_LAYOUT[layout] if name in whole and name in INTEGER_KERNELS]
+    if len(left) < 2:
+        pytest.skip(f"kernels that run here: {list(whole)}")
+    broken, next_best = left[:2]
+    library = _damaged(broken, tmp_path / "lib.so", monkeypatch)
+    assert library.failed == (broken,)
+    assert broken not in library.kernels
+    with pytest.warns(
+        UserWarning, match=rf"kernels \['{broken}'\] compute wrong numbers on this machine"
+    ):
+        runnable = choice._runnable_kernels(library, "AVX512")
+    assert library.kernel_for(runnable[layout], 1, 32) == next_best

@@ -13,12 +13,12 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.native_variants import Variant, variant_of
+from tests.native_variants import CALLED_KERNELS, Variant, variant_of
 from tests.references import assert_keeps_no_reference, in_three_threads
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection
-from torchao_int4cpu.kernels.native.library import FEW_ROWS_KERNELS, KERNELS
+from torchao_int4cpu.kernels.native.library import KERNELS
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -27,7 +27,7 @@ OP: Any = torch.ops.torchao_int4cpu.int4_mm.default
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=CALLED_KERNELS)
 def variant(request: pytest.FixtureRequest) -> Variant:
     found = variant_of(request.param)
     if not found.library.plain_products:
@@ -211,7 +211,7 @@ def test_the_dict_says_which_kernel_multiplies(variant: Variant) -> None:
     assert call(*good) is left.answer
     kernels[variant.layout.name] = KERNELS.index(variant.name)
     assert call(*good) is not left.answer
-    for wrong in (-1, len(KERNELS + FEW_ROWS_KERNELS), "amx", None):
+    for wrong in (-1, len(KERNELS), "amx", None):
         kernels[variant.layout.name] = wrong  # type: ignore[assignment]
         assert call(*good) is left.answer
     kernels.clear()

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.native_variants import Variant, variant_of
+from tests.native_variants import CALLED_KERNELS, Variant, variant_of
 from tests.references import assert_keeps_no_reference, in_three_threads
 from tests.weights import random_weight
 from torchao_int4cpu.kernels import selection
 from torchao_int4cpu.kernels.native.build import compile_library
-from torchao_int4cpu.kernels.native.library import KERNELS, NativeLibrary, Unavailable
+from torchao_int4cpu.kernels.native.library import NativeLibrary, Unavailable
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 N, K = 40, 70
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=CALLED_KERNELS)
 def variant(request: pytest.FixtureRequest) -> Variant:
     found = variant_of(request.param)
     if not found.library.plain_products:
@@ -154,7 +154,7 @@ def test_rows_that_are_not_finite_stay_alone(variant: Variant, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     "variant",
-    [KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KERNELS[1:])],
+    [CALLED_KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CALLED_KERNELS[1:])],
     indirect=True,
 )
 def test_it_keeps_no_reference(variant: Variant) -> None:

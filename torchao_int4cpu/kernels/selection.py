@@ -19,9 +19,10 @@ from torchao_int4cpu.format.checks import check_not_freed
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.library import (
+    INTEGER_KERNELS,
     KERNELS,
-    KERNELS_OF_CAPABILITY,
     KERNELS_OF_LAYOUT,
+    LAYOUTS_OF_CAPABILITY,
     NativeLibrary,
     Unavailable,
     load,
@@ -87,10 +88,9 @@ def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> 
             "thread; choose torchao_int4cpu.set_kernel('aten') for PyTorch's own threads",
             stacklevel=2,
         )
-    allowed = KERNELS_OF_CAPABILITY.get(capability, ())
     best = {}
-    for layout, names in KERNELS_OF_LAYOUT.items():
-        runnable = [name for name in names if name in library.kernels and name in allowed]
+    for layout in LAYOUTS_OF_CAPABILITY.get(capability, ()):
+        runnable = [name for name in KERNELS_OF_LAYOUT[layout] if name in library.kernels]
         if runnable:
             best[layout] = runnable[0]
     return best
@@ -341,19 +341,19 @@ def _native_choices(layout: str, kernel: str) -> list[KernelChoice]:
         while LIBRARY.kernel_for(kernel, m + 1, 128) == name:
             m += 1
         rows = f"layout {layout!r}, M <= {m}"
-        reason = "products of integers with 16-bit x, the same numbers on every CPU"
-        lines.append(KernelChoice(rows, "native", f"{reason} ({name})"))
+        lines.append(KernelChoice(rows, "native", f"{_native_reason(name)} ({name})"))
         first = m = m + 1
     rows = f"layout {layout!r}, " + ("more rows" if lines else "any M")
-    return [*lines, KernelChoice(rows, "native", f"{_NATIVE_REASONS[kernel]} ({kernel})")]
+    return [*lines, KernelChoice(rows, "native", f"{_native_reason(kernel)} ({kernel})")]
 
 
-_NATIVE_REASONS = {
-    "amx": "bfloat16 tiles",
-    "avx512_bf16": "bfloat16 dot products; the 4-bit weight is expanded in registers or a cache",
-    "avx512": "float32 products; the 4-bit weight is expanded in registers or a cache",
-    "avx2": "float32 products; the 4-bit weight is expanded in registers or a cache",
-}
+def _native_reason(kernel: str) -> str:
+    if kernel in INTEGER_KERNELS:
+        return "products of integers with 16-bit x, the same numbers on every CPU"
+    return {"amx": "bfloat16 tiles", "avx512_bf16": "bfloat16 dot products"}.get(
+        kernel, "float32 products, because those of integers failed their self-test"
+    )
+
 
 _warned_layouts: set[str] = set()
 

@@ -25,31 +25,35 @@ from torchao_int4cpu.kernels.native.build import LIBRARY_PATH, source_digest, su
 from torchao_int4cpu.kernels.portable.prefill import prefill
 from torchao_int4cpu.version import empty_strided
 
-#: The kernels for any number of rows, and those that they leave few rows to, which compute the same
-#: numbers all. In the order of ``kKernels`` in csrc/driver.cpp.
-KERNELS = ("avx2", "avx512", "avx512_bf16", "amx")
-FEW_ROWS_KERNELS = (
-    "int16_avx2",
-    "int16_avx_vnni",
-    "int16_avx512",
-    "int16_avx512_vnni",
-    "int16_vbmi",
-    "int8_amx",
-)
+#: By kernel: the layout that it reads. In the order of ``kKernels`` in csrc/driver.cpp.
+LAYOUT_OF_KERNEL = {
+    "avx2": "avx2",
+    "avx512": "avx512",
+    "avx512_bf16": "avx512",
+    "amx": "avx512",
+    "int16_avx2": "avx2",
+    "int16_avx_vnni": "avx2",
+    "int16_avx512": "avx512",
+    "int16_avx512_vnni": "avx512",
+    "int16_vbmi": "avx512",
+    "int8_amx": "avx512",
+}
+KERNELS = tuple(LAYOUT_OF_KERNEL)
 
-#: By layout: the kernels that read it, best first.
-KERNELS_OF_LAYOUT = {"avx512": ("amx", "avx512_bf16", "avx512"), "avx2": ("avx2",), "default": ()}
-FEW_ROWS_KERNELS_OF_LAYOUT = {
-    "avx512": ("int8_amx", "int16_vbmi", "int16_avx512_vnni", "int16_avx512"),
-    "avx2": ("int16_avx_vnni", "int16_avx2"),
+#: By layout: the kernels to ask for, best first. Some leave few rows to others: see `kernel_for`.
+KERNELS_OF_LAYOUT = {
+    "avx512": ("amx", "avx512_bf16", "int16_vbmi", "int16_avx512_vnni", "int16_avx512", "avx512"),
+    "avx2": ("int16_avx_vnni", "int16_avx2", "avx2"),
     "default": (),
 }
 
-#: What PyTorch's own kernels may use, which `ATEN_CPU_CAPABILITY` lowers; ours keep to it.
-KERNELS_OF_CAPABILITY = {"AVX512": KERNELS, "AVX2": ("avx2",)}
+#: The kernels that compute the same numbers all, whatever the CPU and the number of rows.
+INTEGER_KERNELS = tuple(name for name in KERNELS if name.startswith("int"))
 
-_NAMES = KERNELS + FEW_ROWS_KERNELS
-_INDEX = {name: i for i, name in enumerate(_NAMES)}
+#: Layouts to multiply by where PyTorch's own kernels may use so much (`ATEN_CPU_CAPABILITY` lowers it).
+LAYOUTS_OF_CAPABILITY = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+
+_INDEX = {name: i for i, name in enumerate(KERNELS)}
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_MEMORY, _FREED = -2, -4
 
@@ -59,11 +63,7 @@ _pack_call = struct.Struct("6i10q").pack
 
 def layout_of(kernel: str) -> NibbleLayout:
     """The layout that a kernel reads."""
-    return next(
-        LAYOUTS[name]
-        for name in LAYOUTS
-        if kernel in KERNELS_OF_LAYOUT[name] + FEW_ROWS_KERNELS_OF_LAYOUT[name]
-    )
+    return LAYOUTS[LAYOUT_OF_KERNEL[kernel]]
 
 
 class Unavailable(Exception):
@@ -116,17 +116,18 @@ class NativeLibrary:
         self.kernels = tuple(name for name in usable if name not in self.failed)
 
     def _exclude_failing(self, kernels: Sequence[str]) -> tuple[str, ...]:
-        # Those for few rows first: the others hand few rows on to the best one that is left.
+        # Those of integers first: others hand few rows on to the best one that is left.
         failed = []
-        for name in sorted(kernels, key=KERNELS.__contains__):
+        for name in sorted(kernels, key=INTEGER_KERNELS.__contains__, reverse=True):
             if not self.self_test(name):
                 failed.append(name)
                 self._library.int4cpu_exclude(_INDEX[name])
         return tuple(failed)
 
     def kernel_for(self, kernel: str, m: int, group_size: int) -> str:
-        """The kernel that multiplies ``m`` rows when one of `KERNELS` is asked for."""
-        return _NAMES[self._library.int4cpu_kernel_for(_INDEX[kernel], m, group_size)]
+        """The kernel that multiplies ``m`` rows when ``kernel`` is asked for."""
+        index: int = self._library.int4cpu_kernel_for(_INDEX[kernel], m, group_size)
+        return KERNELS[index]
 
     def _plain_products(self, kernels: Sequence[str]) -> dict[str, Callable[..., Tensor | None]]:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -165,7 +166,7 @@ class NativeLibrary:
         ``[columns, K]`` in memory, and where a call is rare (a NaN or an infinity in x, no rows).
 
         Args:
-            kernels: by layout, which of `KERNELS` multiplies now, as its index; kept, so change the
+            kernels: by layout, which of `KERNELS` is asked for now, as its index; kept, so change the
                 dict to change that. For a layout that is not in it, ``otherwise`` is called.
             otherwise: computes the same, checks its arguments, and raises what is to be raised.
             is_watched: whether torch has to see this call, by ``otherwise``, which is called for a
@@ -197,7 +198,7 @@ class NativeLibrary:
         """Whether a kernel gets a product of small integers exactly right on this machine.
 
         No one has tried every CPU, system and compiler. The product takes every path of a kernel: few
-        rows and many, whole blocks and a short one, padding along N and K.
+        rows and many, whole blocks and a short one, padding along N and K, a row of many outliers.
         """
         layout = layout_of(kernel)
         n, k, group_size = 70, 90, 32
@@ -208,8 +209,9 @@ class NativeLibrary:
         scale_and_zero = torch.tensor([1, -3], dtype=torch.bfloat16, device="cpu").repeat(3, 80, 1)
         weight = PackedInt4(pack(codes, layout), scale_and_zero, group_size, layout, n, k)
         x = torch.arange(97 * k, device="cpu").remainder(5).sub(2).reshape(97, k).to(torch.float32)
+        x[1, ::5] *= 128
         expected = x @ (codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)).t()
-        return all(torch.equal(self.mm(kernel, x[:m], weight), expected[:m]) for m in (1, 97))
+        return all(torch.equal(self.mm(kernel, x[:m], weight), expected[:m]) for m in (2, 97))
 
     def threads(self) -> int:
         """How many threads a product uses now: one in a child of `os.fork`."""
@@ -236,8 +238,9 @@ class NativeLibrary:
     def mm(self, kernel: str, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         """``x · Wᵀ + bias`` with one of `kernels`. ``x`` ``[M, K]``, M >= 0; ``[M, N]`` in its dtype.
 
-        Codes are multiplied exactly and summed in float32; scale and zero meet the sums of a group.
-        The bfloat16 kernels round x to bfloat16, the others take it as it is. The product is rounded to
+        Codes are multiplied exactly; scale and zero meet the float32 sums of a group. ``amx`` and
+        ``avx512_bf16`` round x to bfloat16 where they do not leave the rows to the kernels of integers,
+        which round it to 16 bits of the largest in its group. The product is rounded to
         the dtype of x before ``bias``, ``[N]`` contiguous in one of the three dtypes, is added.
 
         Raises:

@@ -66,10 +66,6 @@ void multiply_16(const uint16_t* x, const char* panel, int32_t step, float* sums
 
 void multiply(const Problem& p, const Task& t, float* totals) {
   const int64_t rows = t.row_end - t.row;
-  if (rows <= Bf16::kFusedRows) {  // one pass in registers costs less than filling tiles
-    Here::multiply(p, t, totals);
-    return;
-  }
   const Block block = Here::block_at(p, t.block);
   memset(totals, 0, sizeof(float) * rows * Here::kBlock);
   alignas(64) __m512i panel[Bf16::kMaxStep / Bf16::kDepth * 4];
@@ -117,6 +113,7 @@ const int4cpu::Kernel int4cpu::kAmx = {
     .task_rows = 256,
     .tile_rows = kRows,
     .chunk_columns = 0,
+    .least_rows = 17,
     .pack_rows = &Here::pack_rows,
     .multiply = &multiply,
     .store = &Here::store,

@@ -51,8 +51,6 @@ struct Avx2 : Vec256 {
   using Expander = Expander256;
   static constexpr int kDepth = 1;
   static constexpr int kMaxStep = 64;
-  static constexpr int kFusedRows = 2;
-  static constexpr int kMostFused = 4;
   static constexpr int kTileRows = 3;
 
   static Operand broadcast(const Element* x) { return _mm256_broadcast_ss(x); }
@@ -86,9 +84,10 @@ const int4cpu::Kernel int4cpu::kAvx2 = {
     .element_bytes = sizeof(Avx2::Element),
     .record_bytes = sizeof(float),
     .row_multiple = 1,
-    .task_rows = int4cpu::kMaxTaskRows,
+    .task_rows = int4cpu::kChunkedTaskRows,
     .tile_rows = Avx2::kTileRows,
-    .chunk_columns = 0,
+    .chunk_columns = int4cpu::kChunkColumns,
+    .least_rows = 1,
     .pack_rows = &Here::pack_rows,
     .multiply = &Here::multiply,
     .store = &Here::store,

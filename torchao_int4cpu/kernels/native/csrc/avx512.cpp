@@ -38,8 +38,6 @@ struct Avx512 : InOrder512 {
   using Expander = Expander512;
   static constexpr int kDepth = 1;
   static constexpr int kMaxStep = 64;
-  static constexpr int kFusedRows = 6;
-  static constexpr int kMostFused = 24;
   static constexpr int kTileRows = 6;
 
   static Operand broadcast(const Element* x) { return _mm512_set1_ps(*x); }
@@ -61,9 +59,10 @@ const int4cpu::Kernel int4cpu::kAvx512 = {
     .element_bytes = sizeof(Avx512::Element),
     .record_bytes = sizeof(float),
     .row_multiple = 1,
-    .task_rows = int4cpu::kMaxTaskRows,
+    .task_rows = int4cpu::kChunkedTaskRows,
     .tile_rows = Avx512::kTileRows,
-    .chunk_columns = 0,
+    .chunk_columns = int4cpu::kChunkColumns,
+    .least_rows = 1,
     .pack_rows = &Here::pack_rows,
     .multiply = &Here::multiply,
     .store = &Here::store,

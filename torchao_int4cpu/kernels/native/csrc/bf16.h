@@ -51,8 +51,6 @@ struct Bf16 : InOrder512 {
   using Expander = Bf16Expander;
   static constexpr int kDepth = 2;
   static constexpr int kMaxStep = 128;
-  static constexpr int kFusedRows = 6;
-  static constexpr int kMostFused = 72;
   static constexpr int kTileRows = 6;
 
   static Operand broadcast(const Element* x) {

@@ -24,7 +24,7 @@ using int4cpu::Task;
 
 enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3, kFreed = -4 };
 
-// In the order of ``KERNELS`` in library.py. The first four take any number of rows well, the others few.
+// In the order of ``KERNELS`` in library.py.
 enum KernelIndex : int32_t {
   kAvx2, kAvx512, kAvx512Bf16, kAmx,
   kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
@@ -235,8 +235,8 @@ void run_task(void* opaque, int64_t i) {
     const int64_t chunk = p.chunk_steps > 0 ? p.chunk_steps : p.steps;
     task.step_end = chunk < p.steps ? chunk : p.steps;
     kernel.multiply(p, task, totals);
+    float* const next = totals + used;
     while (task.step_end < p.steps) {
-      alignas(64) float next[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
       task.step = task.step_end;
       task.step_end = chunk < p.steps - task.step ? task.step + chunk : p.steps;
       kernel.multiply(p, task, next);
@@ -297,7 +297,6 @@ int64_t multiply_left(const Problem& few, int32_t block_rows, int64_t count, int
   p.y = y;
   p.m = count;
   cut_weight(kernel, p.n, p.k, p.group_size, p);
-  p.chunk_steps = int4cpu::kChunkColumns / p.step;
   const int64_t failed = multiply(kernel, p, threads);
   at = 0;
   for (int64_t row = 0; row < few.m; ++row) {
@@ -380,18 +379,14 @@ EXPORT void int4cpu_exclude(int32_t kernel) {
   __atomic_fetch_or(&excluded, 1U << kernel, __ATOMIC_RELAXED);
 }
 
-// Up to how many rows the kernels for few rows are taken: so many have the same bits everywhere, which is
-// promised. Beyond, the fastest kernel of a CPU is to be measured.
-constexpr int64_t kFewRows = 16;
-
 // From how many rows, and for which groups, byte tiles are ahead of 16-bit products: on a Xeon with both,
 // group 128, 2 threads, ms for M = 4 / 6 / 8 / 16: 0.447 0.473 0.611 1.018 and 0.420 0.450 0.495 0.625.
 constexpr int64_t kTileRowsFrom = 5;
 constexpr int32_t kTileGroupsFrom = 64;
 
-// The kernel that multiplies `m` rows when `kernel`, one of those for any number, is asked for.
+// The kernel that multiplies `m` rows when `kernel` is asked for.
 EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m, int32_t group_size) {
-  if (kernel > kAmx || m > kFewRows) return kernel;
+  if (m >= kKernels[kernel]->least_rows) return kernel;
   const uint32_t found = int4cpu_kernels();
   const auto first_of = [&](std::initializer_list<int32_t> candidates) {
     for (const int32_t candidate : candidates) {
@@ -399,7 +394,6 @@ EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m, int32_t group_size)
     }
     return kernel;
   };
-  if (kernel == kAvx2) return first_of({kInt16AvxVnni, kInt16Avx2});
   if (kernel == kAmx && m >= kTileRowsFrom && group_size >= kTileGroupsFrom) {
     return first_of({kInt8Amx, kInt16Vbmi});
   }

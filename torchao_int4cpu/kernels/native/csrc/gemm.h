@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t kPanelPrefetch = 4096;
-
 template <class Isa>
 struct Gemm : Blocks<Isa> {
   using Base = Blocks<Isa>;
@@ -55,33 +53,6 @@ struct Gemm : Blocks<Isa> {
     return static_cast<const Element*>(p.packed_x) + (step * p.packed_rows + row) * p.step;
   }
 
-  // Few rows: codes are expanded in registers, and read once.
-  template <int Rows>
-  static void fused(const Problem& p, const Task& t, const Block& block, int64_t row,
-                    float* totals) {
-    const typename Isa::Expander expand(block.whole, block.column_bytes);
-    const uint8_t* bytes = block.bytes + t.step * p.step * block.column_bytes;
-    for (int64_t s = t.step; s < t.step_end; ++s) {
-      const Element* x = packed_row(p, s, row);
-      prefetch_qparams(p, block, group_of(p, s));
-      Vec acc[Rows][4];
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[r][v] = Isa::splat(0.0F);
-      }
-      for (int32_t k = 0; k < p.step; k += kDepth) {
-        // Into the second cache: its queue of misses is longer than that of the first.
-        _mm_prefetch(reinterpret_cast<const char*>(bytes) + kPrefetch, _MM_HINT_T1);
-        Operand w[4];
-        expand(bytes, w);
-        bytes += kDepth * block.column_bytes;
-        dot<Rows>(acc, w, x + k, p.step);
-      }
-      apply<Rows>(qparams(p, block, group_of(p, s)), acc, sums(p) + s * p.packed_rows + row, totals);
-    }
-  }
-
   // `Rows` rows times an expanded step of a block.
   template <int Rows>
   static void tile(const Problem& p, const Operand* panel, const QParams& q, int64_t step, int64_t row,
@@ -117,19 +88,7 @@ struct Gemm : Blocks<Isa> {
 
   static void multiply(const Problem& p, const Task& t, float* totals) {
     const Block block = block_at(p, t.block);
-    const int64_t rows = t.row_end - t.row;
-    memset(totals, 0, sizeof(float) * rows * kBlock);
-    if (rows <= Isa::kMostFused) {
-      const int64_t passes = (rows + Isa::kFusedRows - 1) / Isa::kFusedRows;
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t begin = rows * pass / passes;
-        const int64_t count = rows * (pass + 1) / passes - begin;
-        with_rows<Isa::kFusedRows>(count, [&]<int Rows>() {
-          fused<Rows>(p, t, block, t.row + begin, totals + begin * kBlock);
-        });
-      }
-      return;
-    }
+    memset(totals, 0, sizeof(float) * (t.row_end - t.row) * kBlock);
     alignas(64) Operand panel[Isa::kMaxStep / kDepth * 4];
     for (int64_t s = t.step; s < t.step_end; ++s) {
       expand_step(p, block, s, panel);

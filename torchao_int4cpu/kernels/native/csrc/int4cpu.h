@@ -67,6 +67,7 @@ struct Kernel {
   int32_t task_rows;       // the most rows of a task; a multiple of `tile_rows`
   int32_t tile_rows;       // rows that share one read of the expanded weight
   int32_t chunk_columns;   // see Problem::chunk_steps; 0 for none
+  int32_t least_rows;      // fewer are left to the kernels of integers
   // Fills packed_x, sums and row_factor for rows [row, row_end), which may reach packed_rows.
   void (*pack_rows)(const Problem&, int64_t row, int64_t row_end);
   // Writes the sums of a task to `totals`, float32 [row_end - row, block_rows] in the kernel's order.
@@ -82,11 +83,12 @@ struct Kernel {
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
 
-// Rows of a task of the kernels for few rows; totals of 12 KiB stay in the first cache.
-constexpr int32_t kFewTaskRows = 48;
-
 // A chunk of a block is 32 KiB, long enough for its totals to cost nothing beside it.
 constexpr int32_t kChunkColumns = 1024;
+
+// Rows of a task of the kernels with chunks, which needs totals twice.
+constexpr int32_t kChunkedTaskRows = 240;
+static_assert(2 * kChunkedTaskRows <= kMaxTaskRows);
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
 // contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in

@@ -169,7 +169,7 @@ void apply(const Problem& p, const Block& block, int64_t s, int64_t row, int64_t
     }
     const __m512i whole[4] = {c[0], c[2], Vbmi::over_16(Vbmi::subtract(c[1], c[0])),
                               Vbmi::over_16(Vbmi::subtract(c[3], c[2]))};
-    Here::apply(block, bytes, qp, group, whole, totals + r * Here::kBlock);
+    Here::apply<true>(block, bytes, qp, group, whole, totals + r * Here::kBlock);
   }
 }
 
@@ -229,9 +229,10 @@ const int4cpu::Kernel int4cpu::kInt8Amx = {
     .element_bytes = 4,  // two, but for groups of 32 columns
     .record_bytes = sizeof(Group),
     .row_multiple = kRows,
-    .task_rows = int4cpu::kFewTaskRows,
+    .task_rows = int4cpu::kChunkedTaskRows,
     .tile_rows = kRows,
     .chunk_columns = int4cpu::kChunkColumns,
+    .least_rows = 1,
     .pack_rows = &Here::pack_rows<&place>,
     .multiply = &multiply,
     .store = &Here::store,
