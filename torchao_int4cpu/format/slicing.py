@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchao_int4cpu.format.groupwise import CODE_OFFSET
+from torchao_int4cpu.format.huge_pages import prefer_huge_pages
 from torchao_int4cpu.format.layout import (
     NibbleLayout,
     pack,
@@ -69,6 +70,7 @@ def join_rows(pieces: Sequence[PackedRows], layout: NibbleLayout) -> Tensor:
         return torch.cat(rows) if len(rows) > 1 else rows[0].clone()
     n, columns = sum(piece.height for piece in pieces), pieces[0].qdata.shape[1] * 2
     out = torch.empty(padded_rows(n), columns // 2, dtype=torch.uint8, device=pieces[0].qdata.device)
+    prefer_huge_pages(out)
     around = [_blocks_around(p.start, p.stop, p.qdata.shape[0], p.layout) for p in pieces]
     tallest = max(len(out), *(last - first for first, last in around))
     for some in _column_chunks(columns, tallest):

@@ -16,6 +16,7 @@ from torchao.utils import TorchAOBaseTensor
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.format.checks import check_parts, check_qparams_dtype, group_size_of
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, QPARAMS_DTYPE, GroupwiseInt4
+from torchao_int4cpu.format.huge_pages import prefer_huge_pages
 from torchao_int4cpu.format.layout import (
     LAYOUTS,
     native_layout,
@@ -219,7 +220,9 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         padded_n, padded_k = padded_shape(n, k, group_size)
         layout = native_layout() or LAYOUTS["default"]
         return cls(
-            torch.empty(*stack, padded_n, padded_k // 2, dtype=torch.uint8, device=device),
+            prefer_huge_pages(
+                torch.empty(*stack, padded_n, padded_k // 2, dtype=torch.uint8, device=device)
+            ),
             torch.empty(
                 *stack, padded_k // group_size, padded_n, 2, dtype=qparams_dtype, device=device
             ),
