@@ -60,6 +60,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one number": lambda x: x * (torch.arange(x.shape[1]) == 5),
     "zeros": torch.zeros_like,
     "tiny": lambda x: x * 2.0**-20,
+    "falling to nothing": lambda x: x * 0.5 ** (torch.arange(x.shape[1]) // 4),
     "negative zeros": lambda x: -torch.zeros_like(x),
 }
 
