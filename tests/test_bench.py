@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.numerics import native
+from tests.numerics import assert_int4, native
 from tests.printed_tables import split_row
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu import get_kernel
@@ -19,7 +20,8 @@ from torchao_int4cpu.bench import layers as bench
 from torchao_int4cpu.bench import plot, timing
 from torchao_int4cpu.bench.layers import Row
 from torchao_int4cpu.extras import MissingExtra
-from torchao_int4cpu.kernels.selection import native_kernel
+from torchao_int4cpu.format.packed import PackedInt4, dense_reference
+from torchao_int4cpu.kernels.selection import native_kernel, read_at_best
 
 LIMITS = bench.Limits(1.0, None)
 
@@ -55,8 +57,62 @@ def test_rows_hold_together(dtype: torch.dtype, kernel: str) -> None:
             dense, op = by_name["bf16 linear"], by_name["aten op"]
             assert row.speed_vs_bf16_linear == pytest.approx(dense.ms / row.ms)
             assert 1e-8 < row.relative_error < 2.0**-7
+            assert_total(row)
             assert row.speed_vs_aten_op == pytest.approx(op.ms / row.ms)
+            assert row.read_ms == dense.read_ms
+            assert (row.read_ms is not None) == (native_kernel(native()) is not None)
     assert get_kernel() == kernel
+
+
+def assert_total(row: Row) -> None:
+    """Quantization in groups of 32 normal numbers, and the error of the product.
+
+    The numbers of a group are rounded to 16 levels from the least to the largest, which are 4.1 ± 0.7
+    standard deviations apart: evenly spread errors have a standard deviation of 4.1 / 15 / sqrt(12) =
+    0.08 of that of the numbers, and the least that 2.7 (two deviations closer) would give is 0.05, the
+    most 0.11 for 5.5. Scales and zeros in bfloat16 and the rounding of the product (below 2^-7) add.
+    """
+    assert 0.05 - 2.0**-7 < row.total_error < 0.11 + 2 * 2.0**-7
+    assert row.total_error > 3 * row.relative_error
+
+
+@pytest.mark.parametrize("group_size", [32, 256])
+def test_the_total_error_is_rounding_and_quantization(group_size: int) -> None:
+    """It is what quantization changes, give or take the error of the product (triangle inequality)."""
+    weights = bench._Weights(96, 512, group_size)
+    original, w = weights.original.double(), weights.packed[0]
+    assert_int4(w, (96, 512), group_size)
+    x = torch.randn(20, 512, dtype=torch.bfloat16)
+    right = x[: bench.ERROR_ROWS].double() @ original.t()
+    dequantized = x[: bench.ERROR_ROWS].double() @ dense_reference(w.packed()).t()
+    changed = float((dequantized - right).norm() / right.norm())
+    ratio = float(dequantized.norm() / right.norm())
+    relative, total = weights.exact(x).errors(F.linear(x, w))
+    assert 0 < relative < 2.0**-7
+    assert abs(total - changed) <= relative * ratio + 1e-12
+    _, dense_total = weights.exact(x).errors(x.double() @ original.t())
+    assert dense_total < 1e-12  # the float weight itself has no error
+
+
+def test_reading_takes_its_turn_over_the_weights_of_the_kernels(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is read is the whole of each; None where no native kernel runs."""
+    addresses = set()
+
+    def read(weight: PackedInt4) -> int | None:
+        addresses.add(weight.qdata.data_ptr())
+        return read_at_best(weight)
+
+    monkeypatch.setattr(bench, "read_at_best", read)
+    rows = list(bench.run([(64, 64)], [1], group_size=32, passes=1, limits=LIMITS))
+    if native_kernel(native()) is None:
+        assert addresses == set()
+        assert [row.read_ms for row in rows] == [None] * len(rows)
+    else:
+        assert len(addresses) > 1
+        assert all(row.read_ms is not None and row.read_ms > 0 for row in rows)
+    assert bench.READ not in {row.kernel for row in rows}
 
 
 def test_the_prototype_is_timed_on_request() -> None:
@@ -101,7 +157,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "threads" in first
     assert header.split()[:6] == ["N", "K", "M", "group", "dtype", "kernel"]
     kernels = ["bf16 linear", "aten op", "ours", *OURS_ATEN]
-    found = [split_row(row, numbers=8)[0] for row in rows]
+    found = [split_row(row.replace(" - ", " 0 "), numbers=10)[0] for row in rows]
     assert [names[:4] for names in found] == [["64", "96", "2", "32"]] * len(kernels)
     assert [" ".join(kernel) for _, _, _, _, _, *kernel in found] == kernels  # after the dtype
 

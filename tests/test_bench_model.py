@@ -34,6 +34,8 @@ SHAPE = LlamaShape(dim=512, ffn=544, layers=1, vocab=304)
 GROUP_SIZE = 32
 CONFIG = Int4WeightOnlyConfig(group_size=GROUP_SIZE)
 PROMPT, NEW = 12, 3
+#: Of several sequences; shorter than PROMPT, as it is by default.
+SHORT, BATCH = 5, 3
 
 #: [N, K] of the linear layers: q, k, v, o, gate, up, down, and the logits.
 LINEAR = [
@@ -63,8 +65,27 @@ def _graphs_without_inductor() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[ModelRow]:
-    sizes = {"prompt_tokens": PROMPT, "new_tokens": NEW, "passes": 2}
-    return bench_model.run(SHAPE, CONFIG, quiet, prototype=True, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_model, "SHORT_PROMPT", SHORT)
+        return bench_model.run(
+            SHAPE,
+            CONFIG,
+            quiet,
+            prompt_tokens=PROMPT,
+            new_tokens=NEW,
+            batch_sizes=(1, BATCH, 1),
+            passes=2,
+            prototype=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def texts(original: Any) -> dict[int, Text]:
+    """The texts of `rows`, by batch size."""
+    return {
+        1: model_variants.random_text(original, PROMPT, NEW),
+        BATCH: model_variants.random_text(original, SHORT, NEW, BATCH),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +95,9 @@ def original() -> Any:
 
 
 @pytest.fixture(scope="module")
-def text(original: Any) -> Text:
-    """The text of `rows`."""
-    return model_variants.random_text(original, PROMPT, NEW)
+def text(texts: dict[int, Text]) -> Text:
+    """The text of one sequence."""
+    return texts[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +125,35 @@ def int4_bytes(n: int, k: int) -> int:
 
 
 def test_every_variant_has_its_row(rows: list[ModelRow]) -> None:
-    assert [(row.weights, row.mode) for row in rows] == [
+    variants = [
         ("bf16", "eager"),
         ("bf16", "compiled"),
         ("4-bit", "eager"),
         ("4-bit", "compiled"),
         ("torchao prototype", "eager"),
     ]
+    assert [(row.weights, row.mode, row.batch_size) for row in rows] == [
+        (*variant, size) for size in (1, BATCH) for variant in variants
+    ]
     for row in rows:
-        assert (row.prompt_tokens, row.new_tokens) == (PROMPT, NEW)
+        prompt = PROMPT if row.batch_size == 1 else SHORT
+        assert (row.prompt_tokens, row.new_tokens) == (prompt, NEW)
         assert row.linear_layers == len(LINEAR)
         assert row.int4_layers == (0 if row.weights == "bf16" else len(LINEAR))
 
 
 def test_speeds_follow_from_times(rows: list[ModelRow]) -> None:
-    for row in rows:
-        assert row.prefill_tokens_per_s == pytest.approx(PROMPT / row.prefill_ms * 1e3)
-        assert row.decode_tokens_per_s == pytest.approx(1e3 / row.decode_ms)
-        assert row.prefill_vs_bf16 == pytest.approx(rows[0].prefill_ms / row.prefill_ms)
-        assert row.decode_vs_bf16 == pytest.approx(rows[0].decode_ms / row.decode_ms)
+    for i, row in enumerate(rows):
+        baseline = rows[i // 5 * 5]
+        if row.batch_size == 1:
+            assert row.prefill_ms is not None
+            assert baseline.prefill_ms is not None
+            assert row.prefill_tokens_per_s == pytest.approx(PROMPT / row.prefill_ms * 1e3)
+            assert row.prefill_vs_bf16 == pytest.approx(baseline.prefill_ms / row.prefill_ms)
+        else:
+            assert (row.prefill_ms, row.prefill_tokens_per_s, row.prefill_vs_bf16) == (None,) * 3
+        assert row.decode_tokens_per_s == pytest.approx(row.batch_size * 1e3 / row.decode_ms)
+        assert row.decode_vs_bf16 == pytest.approx(baseline.decode_ms / row.decode_ms)
         assert (row.compile_s is None) == (row.mode == "eager")
 
 
@@ -136,7 +167,7 @@ def test_weights_take_the_bytes_of_their_format(rows: list[ModelRow]) -> None:
 
 
 def test_errors_are_of_rounding_and_of_quantization(
-    rows: list[ModelRow], original: Any, text: Text
+    rows: list[ModelRow], original: Any, texts: dict[int, Text]
 ) -> None:
     """What 4 bits change is found here without running a variant.
 
@@ -144,15 +175,48 @@ def test_errors_are_of_rounding_and_of_quantization(
     the change by quantization, give or take the error (the triangle inequality).
     """
     quantized = model_variants.quantized_copy(original, CONFIG, quiet)
-    dense, packed = (bench_model.float32_logits(model, text) for model in (original, quantized))
-    change = bench_model.relative_difference(packed, dense)
-    ratio = float(packed.norm() / dense.norm())
-    for row in rows:
-        assert 0 <= row.relative_error < change
-        if row.weights == "bf16":
-            assert row.difference_from_bf16 == row.relative_error
-        else:
-            assert abs(row.difference_from_bf16 - change) <= row.relative_error * ratio + 2.0**-20
+    for size, text in texts.items():
+        dense, packed = (bench_model.float32_logits(model, text) for model in (original, quantized))
+        assert dense.shape == (size, 2, 304)
+        change = bench_model.relative_difference(packed, dense)
+        ratio = float(packed.norm() / dense.norm())
+        for row in rows:
+            if row.batch_size != size:
+                continue
+            assert 0 <= row.relative_error < change
+            if row.weights == "bf16":
+                assert row.difference_from_bf16 == row.relative_error
+            else:
+                assert abs(row.difference_from_bf16 - change) <= row.relative_error * ratio + 2.0**-20
+
+
+def test_sequences_of_a_batch_are_different_and_cached_as_long_as_one(
+    original: Any, texts: dict[int, Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only decoding is timed, and only it goes through the compiled function."""
+    text = texts[BATCH]
+    assert len({tuple(ids) for ids in text.ids.tolist()}) == BATCH
+    variant = bench_model._Variant("bf16", original, text, PROMPT + NEW, compiled=False)
+    read: list[tuple[str, tuple[int, ...]]] = []
+    forward = type(original).forward
+
+    def watched(name: str) -> Any:
+        def run(ids: torch.Tensor, **options: Any) -> Any:
+            read.append((name, tuple(ids.shape)))
+            return forward(original, ids, **options)
+
+        return run
+
+    variant._forward = watched("decode")
+    monkeypatch.setattr(original, "forward", watched("other"))
+    variant._allocate_cache()
+    read.clear()
+    variant.take_turn()
+    assert read == [("other", (BATCH, SHORT)), *[("decode", (BATCH, 1))] * NEW]
+    assert variant.prefill_s == []
+    assert len(variant.decode_s) == NEW
+    keys = variant._cache.layers[0].keys  # [sequences, heads, tokens, size]
+    assert (keys.shape[0], keys.shape[2]) == (BATCH, PROMPT + NEW)
 
 
 def test_the_quantized_copy_is_4_bit_and_shares_the_rest(original: Any) -> None:
@@ -186,7 +250,7 @@ def test_what_is_compared_with_is_a_model_of_float32_weights(original: Any, text
             module.weight = nn.Parameter(module.weight.to_groupwise().dequantize(), requires_grad=False)
             module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
             module.register_forward_hook(lambda _, args, y: y.bfloat16())
-    expected = dense(text.ids[:, : PROMPT + 1], use_cache=False).logits[0, -2:].float()
+    expected = dense(text.ids[:, : PROMPT + 1], use_cache=False).logits[:, -2:].float()
     assert torch.equal(bench_model.float32_logits(quantized, text), expected)
 
 
@@ -244,6 +308,7 @@ def test_where_resident_memory_is_not_known_the_work_is_done_all_the_same(
 
 def test_a_saved_model_is_measured(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--prompt-tokens", "5", "--new-tokens", "2", "--passes", "1", "--group-size", "32"]
+    sizes += ["--batch-sizes", "1"]
     assert cli.main(["bench", "--model", saved, *sizes, "--algorithm", "mse", "--json"]) == 0
     captured = capsys.readouterr()
     environment, *lines = [json.loads(line) for line in captured.out.splitlines()]
@@ -273,22 +338,26 @@ def test_the_command_prints_a_table(
 
     monkeypatch.setattr(bench_model, "run", run)
     command = ["bench", "--model", "--layers", "3", "--dim", "512", "--group-size", "64", "--prototype"]
-    assert cli.main([*command, "--prompt-tokens", "9", "--new-tokens", "4", "--passes", "2"]) == 0
+    command += ["--prompt-tokens", "9", "--new-tokens", "4", "--batch-sizes", "2", "1", "--passes", "2"]
+    assert cli.main(command) == 0
     assert asked == {
         "source": LlamaShape(dim=512, layers=3),
         "config": Int4WeightOnlyConfig(group_size=64),
         "prompt_tokens": 9,
         "new_tokens": 4,
+        "batch_sizes": [2, 1],
         "passes": 2,
         "prototype": True,
     }
     first, header, *lines = capsys.readouterr().out.splitlines()
     assert "LlamaShape(dim=512, ffn=14336, layers=3, vocab=32000), group 64" in first
-    assert header.split()[:4] == ["weights", "mode", "prefill", "ms"]
+    assert header.split()[:5] == ["weights", "mode", "batch", "prefill", "ms"]
     for line, row in zip(lines, rows, strict=True):
-        columns = line.replace(" of ", " ").replace(" - ", " 0 ")  # "-" where nothing was compiled
-        names, _ = split_row(columns, numbers=13)
+        columns = " ".join("0" if word == "-" else word for word in line.replace(" of ", " ").split())
+        names, numbers = split_row(columns, numbers=14)
         assert names == [*row.weights.split(), row.mode]
+        assert numbers[0] == str(row.batch_size)
+        assert line.split().count("-") == 3 * (row.batch_size > 1) + (row.compile_s is None)
         assert f"{row.decode_tokens_per_s:.2f}" in line
         assert f" {row.int4_layers} of {row.linear_layers} " in line
 
@@ -306,6 +375,11 @@ def test_rows_survive_json(rows: list[ModelRow]) -> None:
         (["--model", "--dim", "100"], "dim=100 is not supported; choose a multiple of 512"),
         (["--model", "--layers", "0"], "layers=0 is not supported; choose 1 or more"),
         (["--model", "--passes", "0"], "passes=0 is not supported; choose 1 or more"),
+        (
+            ["--model", "--batch-sizes", "4", "0"],
+            r"batch_sizes=\[4, 0\] is not supported; choose one or more .*, each 1 or more",
+        ),
+        (["--batch-sizes", "2"], "got --batch-sizes, which has no effect here; .* add --model"),
         (["--model", "--prompt-tokens", "1"], "prompt_tokens=1 is not supported; choose 2 or more"),
         (["--model", "/nowhere"], "the model '/nowhere' cannot be loaded .* give a directory or"),
     ],

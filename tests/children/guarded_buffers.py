@@ -85,6 +85,7 @@ def main(kernel: str, path: str) -> None:
                     tensor.new_empty = empty
                     expected = int4_mm_reference(x, weight)
                     assert torch.equal(y.double(), expected.to(dtype).double()), (n, k, m, dtype)
+            assert variant.library.read(kernel, weight) >= 0  # nothing beyond the weight
     print(len(kept))
 
 

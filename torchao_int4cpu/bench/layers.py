@@ -21,7 +21,7 @@ from torchao_int4cpu.bench.timing import TimedCall, interleaved, seconds, select
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.format.packed import int4_mm_reference
-from torchao_int4cpu.kernels.selection import native_kernel, operations_at_best
+from torchao_int4cpu.kernels.selection import native_kernel, operations_at_best, read_at_best
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: The least bytes that the distinct weights of one kernel take together: several times any L3 cache.
@@ -35,6 +35,9 @@ BANDWIDTH_BYTES = 512 * 2**20
 
 #: Layers that are compiled together, as in a model: a graph of one layer would mostly time its call.
 COMPILED_LAYERS = 8
+
+#: The call that only reads the weight, timed in turn with the kernels.
+READ = "read"
 
 #: Rounds of `operations_at_best` that are timed at once: some milliseconds.
 PEAK_ROUNDS = 400_000
@@ -70,13 +73,19 @@ class Row:
         ms: median milliseconds of one call.
         limit_ms: the least that `Limits` allow, for the weight's bytes (of the 4-bit weight, or of the
             dense one) and the operations.
+        read_ms: median milliseconds to read this 4-bit weight and do nothing with it, in the order and
+            by the tasks of our native kernel for one row, in turn with the kernels. The same for all
+            kernels of a shape and m; None where no native kernel runs.
         weight_gb_per_s: bytes of the weight with its scales, 1e9 a second.
         bandwidth_share: that as a share of the read bandwidth measured in the same run.
         gflop_per_s: 2·M·N·K operations, 1e9 a second.
         speed_vs_bf16_linear: time of ``F.linear`` in bfloat16 divided by ours; above 1 is faster.
         speed_vs_aten_op: time of the raw op in the dtype of the activation divided by ours.
         relative_error: norm of the error over the norm of the exact product with the dequantized
-            weight, on at most `ERROR_ROWS` rows.
+            weight, on at most `ERROR_ROWS` rows: what the product rounds.
+        total_error: the same against the exact product with the float weight of normal numbers that was
+            quantized: rounding and quantization together. The dense weight of ``bf16 linear`` is the
+            dequantized one, so quantization is in this error of it, too.
     """
 
     n: int
@@ -87,12 +96,14 @@ class Row:
     kernel: str
     ms: float
     limit_ms: float
+    read_ms: float | None
     weight_gb_per_s: float
     bandwidth_share: float
     gflop_per_s: float
     speed_vs_bf16_linear: float
     speed_vs_aten_op: float
     relative_error: float
+    total_error: float
 
 
 def measure_limits(passes: int = 7) -> Limits:
@@ -141,16 +152,17 @@ def run(
             x = torch.randn(m, k, dtype=torch.float32).to(dtype)
             with torch.no_grad():
                 kernels = weights.kernels(x, compiled=compiled, prototype=prototype)
-                times = interleaved(kernels, weights.count, passes)
+                reading = weights.reading()
+                times = interleaved(kernels | reading, weights.count, passes)
                 ms = {name: value * 1e3 for name, value in times.items()}
-                errors = {
-                    name: weights.relative_error(x, selected(kernel)(0))
-                    for name, kernel in kernels.items()
-                }
+                read_ms = ms.pop(READ, None)
+                exact = weights.exact(x)
+                errors = {name: exact.errors(selected(kernel)(0)) for name, kernel in kernels.items()}
             for name, value in ms.items():
                 dense = name == "bf16 linear"
                 moved = n * k * 2 if dense else weights.packed_bytes
                 operations = 2 * m * n * k
+                relative_error, total_error = errors[name]
                 rate = moved / value / 1e6
                 yield Row(
                     n=n,
@@ -161,12 +173,14 @@ def run(
                     kernel=name,
                     ms=value,
                     limit_ms=limits.ms(moved, operations),
+                    read_ms=read_ms,
                     weight_gb_per_s=rate,
                     bandwidth_share=rate / limits.read_gb_per_s,
                     gflop_per_s=operations / value / 1e6,
                     speed_vs_bf16_linear=ms["bf16 linear"] / value,
                     speed_vs_aten_op=ms["aten op"] / value,
-                    relative_error=errors[name],
+                    relative_error=relative_error,
+                    total_error=total_error,
                 )
 
 
@@ -185,11 +199,36 @@ def random_weight(
     return Int4OpaqueTensor.from_groupwise(value, dtype=dtype)
 
 
+class _Exact(NamedTuple):
+    """Exact products of the first rows of an activation, float64 ``[rows, N]``.
+
+    Attributes:
+        dequantized: with the dequantized weight.
+        total: with the float weight that was quantized.
+    """
+
+    dequantized: Tensor
+    total: Tensor
+
+    def errors(self, y: Tensor) -> tuple[float, float]:
+        """Relative errors of a product against both; it may have more rows, and more columns."""
+        rows, n = self.total.shape
+        y = y[:rows, :n].double()
+        relative, total = (float((y - exact).norm() / exact.norm()) for exact in self)
+        return relative, total
+
+
 class _Weights:
-    """Distinct random weights of one shape, 4-bit and dense."""
+    """Distinct weights of one shape, 4-bit and dense: one of normal numbers, quantized, and its copies.
+
+    Attributes:
+        original: bfloat16 ``[N, K]``, what was quantized.
+        packed, dense: the copies of it in 4 bits, and those of its dequantized values.
+    """
 
     def __init__(self, n: int, k: int, group_size: int) -> None:
-        first = random_weight((n, k), group_size)
+        self.original = (torch.randn(n, k) / k**0.5).to(torch.bfloat16)  # results are about 1
+        first = Int4OpaqueTensor.from_hp(self.original, [1, group_size])
         self.packed_bytes = first.qdata.nbytes + first.scale_and_zero.nbytes
         cycled = min(64, CYCLE_BYTES // self.packed_bytes) // COMPILED_LAYERS * COMPILED_LAYERS
         self.count = max(COMPILED_LAYERS, cycled)
@@ -198,11 +237,18 @@ class _Weights:
         dense_count = max(2, min(self.count, CYCLE_BYTES // dense.nbytes))
         self.dense = [dense] + [dense.clone() for _ in range(dense_count - 1)]
 
-    def relative_error(self, x: Tensor, y: Tensor) -> float:
-        """Of a product with the first weight."""
-        exact = int4_mm_reference(x[:ERROR_ROWS], self.packed[0].packed())
-        error = y[:ERROR_ROWS, : exact.shape[1]].double() - exact
-        return float(error.norm() / exact.norm())
+    def exact(self, x: Tensor) -> _Exact:
+        """What a product with any of the weights should give."""
+        x = x[:ERROR_ROWS]
+        dequantized = int4_mm_reference(x, self.packed[0].packed())
+        return _Exact(dequantized, x.double() @ self.original.double().t())
+
+    def reading(self) -> dict[str, TimedCall]:
+        """The call that reads only, if there is one."""
+        weights = [w.packed() for w in self.packed]
+        if native_kernel(weights[0].layout) is None:
+            return {}
+        return {READ: TimedCall(lambda i: read_at_best(weights[i]))}
 
     def kernels(self, x: Tensor, *, compiled: bool, prototype: bool) -> dict[str, TimedCall]:
         packed, dense = self.packed, self.dense

@@ -6,6 +6,9 @@ logits of the last position only: that is all that generation needs of a prompt,
 times. The tokens are random but the same for every variant, so that their logits can be compared. Every
 variant attends by `model_variants.attend`.
 
+A batch of several sequences is only decoded: each has a short prompt, which is not timed, in a cache
+as long as the one of a single sequence, so that attention reads as much for each.
+
 All variants stay in memory and take turns (A B C A B C ...), so that they share the machine's noise.
 Needs the ``demo`` extra. Nothing here prints.
 """
@@ -29,6 +32,7 @@ from torchao_int4cpu.bench.demo import Progress
 from torchao_int4cpu.bench.model_variants import (
     LlamaShape,
     Text,
+    check_batch_sizes,
     check_counts,
     linear_layers,
     load,
@@ -45,27 +49,35 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 #: Names of the weights in a row.
 BF16, INT4, PROTOTYPE = "bf16", "4-bit", "torchao prototype"
 
+#: Tokens that each of several sequences begins with, unless ``prompt_tokens`` are fewer.
+SHORT_PROMPT = 16
+
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One variant of the model.
+    """One variant of the model at one batch size.
 
     Attributes:
         weights: `BF16`, `INT4` or `PROTOTYPE` (the bytes of `INT4` in torchao's class).
         mode: ``eager`` or ``compiled``.
-        prompt_tokens, new_tokens: of one pass.
-        prefill_ms: median milliseconds of a forward pass over the prompt.
+        batch_size: sequences that are decoded together.
+        prompt_tokens, new_tokens: of each sequence in one pass.
+        prefill_ms: median milliseconds of a forward pass over the prompt; None for more sequences than
+            one, as are the next two.
         prefill_tokens_per_s: tokens of the prompt, a second.
         prefill_vs_bf16: that over the one of eager bf16; above 1 is faster.
-        decode_ms: median milliseconds of a forward pass over one token, of all passes and positions.
-        decode_tokens_per_s, decode_vs_bf16: the same for it.
+        decode_ms: median milliseconds of a forward pass over one token of each sequence, of all passes
+            and positions.
+        decode_tokens_per_s: tokens of all sequences, a second.
+        decode_vs_bf16: that over the one of eager bf16 at this batch size.
         int4_layers, linear_layers: how many `torch.nn.Linear` are 4-bit, and how many there are.
         weight_bytes: of all parameters, exactly; with scales and zeros, without what pads a page.
         peak_bytes: ``weight_bytes`` and `resident_rise` of a pass: the cache, activations, and what
             libraries allocate. Neither the code of Python and torch (0.5 GB) nor the compiler is in it,
             nor loading and quantizing. None where it cannot be measured.
-        compile_s: seconds of the first prefill and the first decode beyond the median ones, with
-            inductor's caches on disk empty; None if eager. The first one has 2 s of imports in it.
+        compile_s: seconds of the first prefill (of a single sequence) and the first decode beyond the
+            median ones, with inductor's caches on disk empty; None if eager. The first one has 2 s of
+            imports in it.
         relative_error: of the logits after the prompt and after the first new token: norm of the
             difference over the norm of those by the same weights, multiplied in float32. Between the
             products these round as eager mode does; a graph rounds less often, so it differs more.
@@ -74,11 +86,12 @@ class ModelRow:
 
     weights: str
     mode: str
+    batch_size: int
     prompt_tokens: int
     new_tokens: int
-    prefill_ms: float
-    prefill_tokens_per_s: float
-    prefill_vs_bf16: float
+    prefill_ms: float | None
+    prefill_tokens_per_s: float | None
+    prefill_vs_bf16: float | None
     decode_ms: float
     decode_tokens_per_s: float
     decode_vs_bf16: float
@@ -98,6 +111,7 @@ def run(
     *,
     prompt_tokens: int = 512,
     new_tokens: int = 16,
+    batch_sizes: Sequence[int] = (1, 4),
     passes: int = 7,
     prototype: bool = False,
 ) -> list[ModelRow]:
@@ -109,6 +123,9 @@ def run(
     Args:
         source: the shape of a Llama of random weights, or the directory or hub id of a causal language
             model of transformers, which is loaded in bfloat16.
+        prompt_tokens: of a single sequence; each of several has at most `SHORT_PROMPT`.
+        batch_sizes: numbers of sequences that are decoded together, all in turn on the same models.
+            Prefill is measured for 1 only. A size that comes twice is measured once.
         passes: prefills of each variant, each with ``new_tokens`` steps of decoding after it.
         prototype: also time torchao's prototype tensor, eager.
 
@@ -118,10 +135,12 @@ def run(
             asked for, nothing of it became 4-bit, or torchao's prototype cannot hold its weights.
     """
     check_counts({"new_tokens": new_tokens, "passes": passes})
+    check_batch_sizes(batch_sizes)
     if prompt_tokens < 2:
         raise ValueError(
             f"prompt_tokens={prompt_tokens} is not supported; choose 2 or more: decode reads one"
         )
+    short_prompt = min(SHORT_PROMPT, prompt_tokens)
     with torch.no_grad():
         progress("loading the model", 0, 0)
         original = load(source, prompt_tokens + new_tokens)
@@ -129,13 +148,18 @@ def run(
         models = {BF16: original, INT4: quantized}
         if prototype:
             models[PROTOTYPE] = prototype_copy(quantized)
-        text = random_text(original, prompt_tokens, new_tokens)
-        progress("multiplying in float32, to compare with", 0, 2)
-        exact = {BF16: float32_logits(original, text)}
-        progress("multiplying in float32, to compare with", 1, 2)
-        exact[INT4] = exact[PROTOTYPE] = float32_logits(quantized, text)
-        variants = _measured(models, text, passes, progress)
-    return [_row(variant, variants[0], exact) for variant in variants]
+        texts = [
+            random_text(original, prompt_tokens if size == 1 else short_prompt, new_tokens, size)
+            for size in dict.fromkeys(batch_sizes)
+        ]
+        exact: dict[tuple[str, int], Tensor] = {}
+        for text in texts:
+            for weights, model in ((BF16, original), (INT4, quantized)):
+                progress("multiplying in float32, to compare with", len(exact), 2 * len(texts))
+                exact[weights, text.batch_size] = float32_logits(model, text)
+        variants = _measured(models, texts, prompt_tokens + new_tokens, passes, progress)
+    baselines = {v.text.batch_size: v for v in variants if (v.weights, v.mode) == (BF16, "eager")}
+    return [_row(variant, baselines[variant.text.batch_size], exact) for variant in variants]
 
 
 # --- what is compared with ----------------------------------------------------------------------
@@ -164,7 +188,7 @@ def _float32_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def float32_logits(model: Any, text: Text) -> Tensor:
-    """Logits after the prompt and after the first new token, float32 ``[2, vocab]``.
+    """Logits after the prompt and after the first new token, float32 ``[batch_size, 2, vocab]``.
 
     Every linear layer multiplies in float32, whatever its weight; activations between the layers are
     bfloat16, as they are in the model.
@@ -172,7 +196,7 @@ def float32_logits(model: Any, text: Text) -> Tensor:
     ids = text.ids[:, : text.prompt_tokens + 1]
     with _Float32Products():
         logits: Tensor = model(ids, use_cache=False, logits_to_keep=2).logits
-    return logits[0].float()
+    return logits.float()
 
 
 def relative_difference(value: Tensor, expected: Tensor) -> float:
@@ -188,14 +212,17 @@ class _Variant:
 
     Attributes:
         weights, compiled: which one.
-        first_s: seconds of the first prefill and the first decode together.
-        logits: after the prompt and after the first new token, ``[2, vocab]``.
+        first_s: seconds of the first prefill, if that is measured, and the first decode together.
+        logits: after the prompt and after the first new token, ``[batch_size, 2, vocab]``.
         peak_bytes: see `ModelRow`.
         prefill_s, decode_s: seconds of each forward pass since.
     """
 
-    def __init__(self, weights: str, model: Any, text: Text, *, compiled: bool) -> None:
+    def __init__(
+        self, weights: str, model: Any, text: Text, cached_tokens: int, *, compiled: bool
+    ) -> None:
         self.weights, self.model, self.text, self.compiled = weights, model, text, compiled
+        self._cached_tokens = cached_tokens
         self.first_s = 0.0
         self.logits = torch.empty(0)
         self.peak_bytes: int | None = None
@@ -212,34 +239,45 @@ class _Variant:
     def mode(self) -> str:
         return "compiled" if self.compiled else "eager"
 
+    @property
+    def measures_prefill(self) -> bool:
+        return self.text.batch_size == 1
+
     def warm_up(self) -> None:
         """Run for the first time: compile, keep the logits, then measure the memory."""
         self._allocate_cache()
-        seconds, logits = self._read(new_tokens=1)
-        self.first_s = sum(seconds)
-        self.logits = torch.stack(logits)
+        prefill, decode, logits = self._read(new_tokens=1)
+        self.first_s = sum(prefill + decode)
+        self.logits = torch.stack(logits, dim=1)
         self._cache = None
         rise = resident_rise(self._read_with_a_new_cache)
         self.peak_bytes = None if rise is None else weight_bytes(self.model) + rise
 
     def take_turn(self) -> None:
         """Time one prefill, and the steps of decoding after it."""
-        (prefill, *decode), _ = self._read(self.text.new_tokens)
-        self.prefill_s.append(prefill)
+        prefill, decode, _ = self._read(self.text.new_tokens)
+        self.prefill_s += prefill
         self.decode_s += decode
 
-    def _read(self, new_tokens: int) -> tuple[list[float], list[Tensor]]:
-        """Read the prompt, then new tokens one by one: seconds and last logits of each pass."""
+    def _read(self, new_tokens: int) -> tuple[list[float], list[float], list[Tensor]]:
+        """Read the prompt, then new tokens one by one.
+
+        Returns:
+            Seconds of the prefill, if it is measured, and of each decode; last logits of all of them.
+        """
         self._cache.reset()
         ids, start = self.text
+        # A prompt that is not measured is not worth a graph.
+        prefill = self._forward if self.measures_prefill else self.model.forward
         inputs = [ids[:, :start], *(ids[:, i : i + 1] for i in range(start, start + new_tokens))]
         seconds, logits = [], []
-        for tokens in inputs:
+        for i, tokens in enumerate(inputs):
+            forward = prefill if i == 0 else self._forward
             begin = time.perf_counter()
-            output = self._forward(tokens, past_key_values=self._cache, logits_to_keep=1)
+            output = forward(tokens, past_key_values=self._cache, logits_to_keep=1)
             seconds.append(time.perf_counter() - begin)
-            logits.append(output.logits[0, -1])
-        return seconds, logits
+            logits.append(output.logits[:, -1])
+        return (seconds[:1] if self.measures_prefill else []), seconds[1:], logits
 
     def _read_with_a_new_cache(self) -> None:
         self._allocate_cache()
@@ -249,15 +287,22 @@ class _Variant:
         """A cache gets its memory when it is first used, which a graph must not do."""
         ids = self.text.ids
         self._cache = import_extra("transformers", "demo").StaticCache(
-            self.model.config, max_cache_len=ids.shape[1]
+            self.model.config, max_cache_len=self._cached_tokens
         )
         self.model(ids[:, :1], past_key_values=self._cache, logits_to_keep=1)
 
 
-def _measured(models: Mapping[str, Any], text: Text, passes: int, progress: Progress) -> list[_Variant]:
-    """All variants, eager bf16 first, with their samples."""
+def _measured(
+    models: Mapping[str, Any],
+    texts: Sequence[Text],
+    cached_tokens: int,
+    passes: int,
+    progress: Progress,
+) -> list[_Variant]:
+    """All variants, with their samples: text by text, of each eager bf16 first."""
     variants = [
-        _Variant(weights, model, text, compiled=compiled)
+        _Variant(weights, model, text, cached_tokens, compiled=compiled)
+        for text in texts
         for weights, model in models.items()
         for compiled in ((False, True) if weights != PROTOTYPE else (False,))
     ]
@@ -265,7 +310,8 @@ def _measured(models: Mapping[str, Any], text: Text, passes: int, progress: Prog
     try:
         _prepare_compiler()
         for variant in variants:
-            progress(f"warming up {variant.weights} {variant.mode}", 0, 0)
+            size = variant.text.batch_size
+            progress(f"warming up {variant.weights} {variant.mode}, batch {size}", 0, 0)
             _warm_up_with_empty_caches(variant)
         for done in range(passes):
             progress("timing", done, passes)
@@ -289,26 +335,39 @@ def _warm_up_with_empty_caches(variant: _Variant) -> None:
         variant.warm_up()
 
 
-def _row(variant: _Variant, baseline: _Variant, exact: Mapping[str, Tensor]) -> ModelRow:
-    prefill_s, decode_s = statistics.median(variant.prefill_s), statistics.median(variant.decode_s)
+def _row(variant: _Variant, baseline: _Variant, exact: Mapping[tuple[str, int], Tensor]) -> ModelRow:
+    decode_s = statistics.median(variant.decode_s)
+    usual_s = decode_s
+    prefill: dict[str, float | None] = dict.fromkeys(
+        ("prefill_ms", "prefill_tokens_per_s", "prefill_vs_bf16")
+    )
+    if variant.measures_prefill:
+        prefill_s = statistics.median(variant.prefill_s)
+        usual_s += prefill_s
+        prefill = {
+            "prefill_ms": prefill_s * 1e3,
+            "prefill_tokens_per_s": variant.text.prompt_tokens / prefill_s,
+            "prefill_vs_bf16": statistics.median(baseline.prefill_s) / prefill_s,
+        }
+    batch_size = variant.text.batch_size
+    same_weights = BF16 if variant.weights == BF16 else INT4
     return ModelRow(
         weights=variant.weights,
         mode=variant.mode,
+        batch_size=batch_size,
         prompt_tokens=variant.text.prompt_tokens,
         new_tokens=variant.text.new_tokens,
-        prefill_ms=prefill_s * 1e3,
-        prefill_tokens_per_s=variant.text.prompt_tokens / prefill_s,
-        prefill_vs_bf16=statistics.median(baseline.prefill_s) / prefill_s,
+        **prefill,
         decode_ms=decode_s * 1e3,
-        decode_tokens_per_s=1 / decode_s,
+        decode_tokens_per_s=batch_size / decode_s,
         decode_vs_bf16=statistics.median(baseline.decode_s) / decode_s,
         int4_layers=quantized_layers(variant.model),
         linear_layers=len(linear_layers(variant.model)),
         weight_bytes=weight_bytes(variant.model),
         peak_bytes=variant.peak_bytes,
-        compile_s=variant.first_s - prefill_s - decode_s if variant.compiled else None,
-        relative_error=relative_difference(variant.logits, exact[variant.weights]),
-        difference_from_bf16=relative_difference(variant.logits, exact[BF16]),
+        compile_s=variant.first_s - usual_s if variant.compiled else None,
+        relative_error=relative_difference(variant.logits, exact[same_weights, batch_size]),
+        difference_from_bf16=relative_difference(variant.logits, exact[BF16, batch_size]),
     )
 
 

@@ -7,7 +7,7 @@ every model attends by `attend`. Needs the ``demo`` extra.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,12 +68,16 @@ class Text(NamedTuple):
     """Tokens that every variant reads.
 
     Attributes:
-        ids: int64 ``[1, prompt_tokens + new_tokens]``.
+        ids: int64 ``[batch_size, prompt_tokens + new_tokens]``, every sequence another one.
         prompt_tokens: how many of them are prefilled; each of the others is one step of decoding.
     """
 
     ids: Tensor
     prompt_tokens: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.ids.shape[0]
 
     @property
     def new_tokens(self) -> int:
@@ -180,11 +184,12 @@ def _random_llama(shape: LlamaShape, tokens: int) -> Any:
     return model.eval()
 
 
-def random_text(model: Any, prompt_tokens: int, new_tokens: int) -> Text:
+def random_text(model: Any, prompt_tokens: int, new_tokens: int, batch_size: int = 1) -> Text:
     """Tokens of the model's vocabulary, the same each time."""
     vocab = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab, (1, prompt_tokens + new_tokens), generator=generator)
+    shape = (batch_size, prompt_tokens + new_tokens)
+    ids = torch.randint(vocab, shape, generator=generator)
     return Text(ids, prompt_tokens)
 
 
@@ -280,3 +285,12 @@ def check_counts(counts: Mapping[str, int]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} is not supported; choose 1 or more")
+
+
+def check_batch_sizes(sizes: Sequence[int]) -> None:
+    """Raise ValueError for a size below 1, or for none."""
+    if not sizes or min(sizes) < 1:
+        raise ValueError(
+            f"batch_sizes={list(sizes)} is not supported; choose one or more numbers of sequences, "
+            "each 1 or more"
+        )

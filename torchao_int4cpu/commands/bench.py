@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(", ".join(f"{name} {value}" for name, value in where.items()))
         print(
             f"{'N':>6} {'K':>6} {'M':>5} {'group':>5} {'dtype':<8} {'kernel':<17} {'ms':>9}"
-            f" {'limit':>8} {'GB/s':>6} {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6} {'x op':>6}"
-            f" {'error':>7}"
+            f" {'limit':>8} {'read':>8} {'GB/s':>6} {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6}"
+            f" {'x op':>6} {'error':>7} {'total':>7}"
         )
     rows = []
     for row in bench.run(
@@ -83,11 +83,12 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(asdict(row)), flush=True)
             continue
+        read = "-" if row.read_ms is None else f"{row.read_ms:.4f}"
         print(
             f"{row.n:>6} {row.k:>6} {row.m:>5} {row.group_size:>5} {row.dtype:<8} {row.kernel:<17}"
-            f" {row.ms:>9.4f} {row.limit_ms:>8.4f} {row.weight_gb_per_s:>6.1f}"
+            f" {row.ms:>9.4f} {row.limit_ms:>8.4f} {read:>8} {row.weight_gb_per_s:>6.1f}"
             f" {row.bandwidth_share:>7.0%} {row.gflop_per_s:>8.1f} {row.speed_vs_bf16_linear:>6.2f}"
-            f" {row.speed_vs_aten_op:>6.2f} {row.relative_error:>7.1e}",
+            f" {row.speed_vs_aten_op:>6.2f} {row.relative_error:>7.1e} {row.total_error:>7.1e}",
             flush=True,
         )
     if args.plot is not None:

@@ -15,7 +15,10 @@ from torchao_int4cpu.commands.progress import Steps
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 #: Options of bench that mean something only with --model, and only without.
-MODEL_OPTIONS = ("dim", "ffn", "layers", "vocab", "prompt_tokens", "new_tokens", "algorithm")
+MODEL_OPTIONS = (
+    *("dim", "ffn", "layers", "vocab"),
+    *("prompt_tokens", "new_tokens", "batch_sizes", "algorithm"),
+)
 LAYER_OPTIONS = ("shapes", "rows", "dtype", "compile", "plot")
 
 
@@ -33,6 +36,14 @@ def add_to(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{size.name}", type=int, help=f"of the random Llama ({size.default})")
     group.add_argument("--prompt-tokens", type=int, default=512, help="to prefill")
     group.add_argument("--new-tokens", type=int, default=16, help="to decode after each prefill")
+    group.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 4],
+        metavar="B",
+        help="sequences to decode together (1 4); prefill is timed for 1 only",
+    )
     group.add_argument("--algorithm", default="tinygemm", choices=sorted(ALGORITHMS))
 
 
@@ -53,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             steps.show,
             prompt_tokens=args.prompt_tokens,
             new_tokens=args.new_tokens,
+            batch_sizes=args.batch_sizes,
             passes=args.passes,
             prototype=args.prototype,
         )
@@ -62,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "algorithm": args.algorithm,
         "prompt tokens": args.prompt_tokens,
         "new tokens": args.new_tokens,
+        "batch sizes": args.batch_sizes,
         "passes": args.passes,
     }
     if args.json:
@@ -75,20 +88,25 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_model_rows(rows: Sequence[bench_model.ModelRow]) -> None:
     print(
-        f"{'weights':<17} {'mode':<8} {'prefill ms':>10} {'tok/s':>7} {'x bf16':>6} {'decode ms':>9}"
-        f" {'tok/s':>7} {'x bf16':>6} {'in 4 bits':>10} {'weights GB':>10} {'peak GB':>7}"
-        f" {'compile s':>9} {'error':>7} {'to bf16':>7}"
+        f"{'weights':<17} {'mode':<8} {'batch':>5} {'prefill ms':>10} {'tok/s':>7} {'x bf16':>6}"
+        f" {'decode ms':>9} {'tok/s':>7} {'x bf16':>6} {'in 4 bits':>10} {'weights GB':>10}"
+        f" {'peak GB':>7} {'compile s':>9} {'error':>7} {'to bf16':>7}"
     )
     for row in rows:
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
-        compile_s = "-" if row.compile_s is None else f"{row.compile_s:.1f}"
         print(
-            f"{row.weights:<17} {row.mode:<8} {row.prefill_ms:>10.1f} {row.prefill_tokens_per_s:>7.1f}"
-            f" {row.prefill_vs_bf16:>6.2f} {row.decode_ms:>9.2f} {row.decode_tokens_per_s:>7.2f}"
+            f"{row.weights:<17} {row.mode:<8} {row.batch_size:>5} {_number(row.prefill_ms, 1):>10}"
+            f" {_number(row.prefill_tokens_per_s, 1):>7} {_number(row.prefill_vs_bf16, 2):>6}"
+            f" {row.decode_ms:>9.2f} {row.decode_tokens_per_s:>7.2f}"
             f" {row.decode_vs_bf16:>6.2f} {f'{row.int4_layers} of {row.linear_layers}':>10}"
-            f" {row.weight_bytes / 1e9:>10.2f} {peak:>7} {compile_s:>9} {row.relative_error:>7.1e}"
-            f" {row.difference_from_bf16:>7.1e}"
+            f" {row.weight_bytes / 1e9:>10.2f} {peak:>7} {_number(row.compile_s, 1):>9}"
+            f" {row.relative_error:>7.1e} {row.difference_from_bf16:>7.1e}"
         )
+
+
+def _number(value: float | None, digits: int) -> str:
+    """What is shown of a number that may be missing."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def refuse_given(args: argparse.Namespace, names: Sequence[str], cure: str) -> None:

@@ -201,6 +201,21 @@ def operations_at_best(rounds: int) -> int:
     return LIBRARY.spin(kernel, rounds)
 
 
+def read_at_best(weight: PackedInt4) -> int | None:
+    """Read a weight ``[N, K]`` as the native kernel does for one row, and do nothing with it.
+
+    Returns:
+        The exclusive or of its 32-bit words; None where no native kernel multiplies by it now.
+
+    Raises:
+        ValueError: the memory of the weight was freed.
+    """
+    kernel = native_kernel(weight.layout)
+    if kernel is None or isinstance(LIBRARY, Unavailable):
+        return None
+    return LIBRARY.read(kernel, weight)
+
+
 def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """Multiply, with the kernel that is fastest for this shape.
 

@@ -104,8 +104,9 @@ class NativeLibrary:
         library.int4cpu_kernel_for.argtypes = [i32, i64, i32]
         library.int4cpu_use_runtime.argtypes = [pointer, pointer]
         mm = library.int4cpu_mm
-        mm.argtypes = [ctypes.c_char_p]
-        mm.restype = i64
+        for function in (mm, library.int4cpu_read):
+            function.argtypes = [ctypes.c_char_p]
+            function.restype = i64
         self.path = path
         self._library, self._mm = library, mm
         found = library.int4cpu_kernels()
@@ -234,6 +235,42 @@ class NativeLibrary:
         """
         operations: int = self._library.int4cpu_spin(_INDEX[kernel], torch.get_num_threads(), rounds)
         return operations
+
+    def read(self, kernel: str, weight: PackedInt4) -> int:
+        """Go through a weight ``[N, K]`` as a product of one row does, but only read, for `bench`.
+
+        The tasks, the threads and the order of bytes are those of the product.
+
+        Returns:
+            The exclusive or of all 32-bit words of codes, scales and zeros, each read once.
+
+        Raises:
+            ValueError: the memory of the weight was freed.
+        """
+        qdata, scale_and_zero, group_size, _, n, k = weight
+        call = _pack_call(
+            _INDEX[kernel],
+            0,
+            group_size,
+            torch.get_num_threads(),
+            0,
+            _DTYPE_CODES[scale_and_zero.dtype],
+            0,  # no x
+            0,
+            qdata.data_ptr(),
+            scale_and_zero.data_ptr(),
+            scale_and_zero.stride(0) // 2,
+            0,  # no y
+            1,
+            n,
+            k,
+            0,
+        )
+        found: int = self._library.int4cpu_read(call)
+        if found == _FREED:
+            raise ValueError(FREED_MESSAGE)
+        assert found >= 0, f"int4cpu_read({kernel}) returned {found}"
+        return found
 
     def mm(self, kernel: str, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         """``x · Wᵀ + bias`` with one of `kernels`. ``x`` ``[M, K]``, M >= 0; ``[M, N]`` in its dtype.

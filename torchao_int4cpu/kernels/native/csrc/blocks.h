@@ -15,6 +15,7 @@
 
 namespace {
 
+using int4cpu::kPrefetch;
 using int4cpu::Problem;
 using int4cpu::Task;
 
@@ -23,11 +24,7 @@ constexpr float kLargest = 0x1p60F;
 constexpr float kSmallest = 0x1p-60F;
 constexpr float kLargestFinite = 0x1.fffffep127F;
 
-// Bytes of the weight that are asked for ahead of time; they may lie beyond its end. A 4096 x 4096
-// weight, one row, medians on 2 cores of an EPYC 9004: 2 KiB into the first cache 0.344 ms, 4 KiB and
-// 8 KiB into the second 0.337 and 0.330.
-constexpr int64_t kPrefetch = 8192;
-// The same while a panel is expanded.
+// What `kPrefetch` is to few rows, while a panel is expanded.
 constexpr int64_t kPanelPrefetch = 4096;
 
 inline uint32_t magnitude_bits(float value) {
@@ -128,7 +125,8 @@ struct Blocks {
 
   // Scales of one block are a page or more apart, so no hardware prefetcher follows them.
   static void prefetch_qparams(const Problem& p, const Block& block, int64_t group) {
-    prefetch(p.scale_and_zero + (group + 3) * p.qparams_stride + block.first_row, kBlock * 4);
+    const int64_t ahead = group + int4cpu::kPrefetchGroups;
+    prefetch(p.scale_and_zero + ahead * p.qparams_stride + block.first_row, kBlock * 4);
   }
 
   static void prefetch(const void* from, int64_t bytes) {

@@ -3,6 +3,7 @@
 // Compiled for plain x86-64. Threads come from the OpenMP runtime that PyTorch has loaded: its entry
 // point is handed over at run time, so no second runtime and no second pool of threads exists.
 #include <cpuid.h>
+#include <emmintrin.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -195,6 +196,20 @@ Plan plan(const Kernel& kernel, const Problem& p, int32_t threads) {
   return plan;
 }
 
+// A task of some rows and a block, over its part of K.
+Task task_at(const Problem& p, const Plan& plan, int64_t i) {
+  const int64_t part = i % plan.parts;
+  const int64_t whole = i / plan.parts;
+  const int64_t row = whole % plan.row_tasks * plan.task_rows;
+  const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
+  const int64_t block = whole / plan.row_tasks;
+  if (p.chunk_steps == 0) {
+    return {row, row_end, block, p.steps * part / plan.parts, p.steps * (part + 1) / plan.parts};
+  }
+  const int64_t step = part * p.chunk_steps;
+  return {row, row_end, block, step, part == plan.parts - 1 ? p.steps : step + p.chunk_steps};
+}
+
 struct Product {
   const Kernel* kernel;
   const Problem* problem;
@@ -222,14 +237,9 @@ void run_task(void* opaque, int64_t i) {
   const Problem& p = *product.problem;
   const Plan& plan = product.plan;
   const Kernel& kernel = *product.kernel;
-  const int64_t part = i % plan.parts;
-  const int64_t whole = i / plan.parts;
-  const int64_t row = whole % plan.row_tasks * plan.task_rows;
-  const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
-  Task task = {row, row_end, whole / plan.row_tasks, p.steps * part / plan.parts,
-               p.steps * (part + 1) / plan.parts};
+  Task task = task_at(p, plan, i);
   const int64_t size = plan.task_rows * kernel.block_rows;
-  const int64_t used = (row_end - row) * kernel.block_rows;
+  const int64_t used = (task.row_end - task.row) * kernel.block_rows;
   if (plan.parts == 1) {
     alignas(64) float totals[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
     const int64_t chunk = p.chunk_steps > 0 ? p.chunk_steps : p.steps;
@@ -245,10 +255,8 @@ void run_task(void* opaque, int64_t i) {
     kernel.store(p, task, totals);
     return;
   }
-  if (p.chunk_steps > 0) {
-    task.step = part * p.chunk_steps;
-    task.step_end = part == plan.parts - 1 ? p.steps : task.step + p.chunk_steps;
-  }
+  const int64_t part = i % plan.parts;
+  const int64_t whole = i / plan.parts;
   float* first = product.partial + whole * plan.parts * size;
   kernel.multiply(p, task, first + part * size);
   // Whoever ends last sums the parts, always in the same order.
@@ -261,6 +269,10 @@ void run_task(void* opaque, int64_t i) {
 
 // Multiplications of one row below which waking other threads takes longer than it saves, about.
 constexpr int64_t kSerialWork = INT64_C(1) << 17;
+
+int32_t threads_for(const Problem& p, int32_t wanted) {
+  return p.padded_n * p.padded_k * (1 + p.m / 4) < kSerialWork ? 1 : usable_threads(wanted);
+}
 
 char* carve(char*& from, int64_t bytes) {
   char* at = from;
@@ -310,9 +322,7 @@ int64_t multiply_left(const Problem& few, int32_t block_rows, int64_t count, int
 // Multiplies; returns the number of rows that are not finite, or an Error.
 int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   p.packed_rows = divide_up(p.m, kernel.row_multiple) * kernel.row_multiple;
-  threads = usable_threads(threads);
-  const int64_t work = p.padded_n * p.padded_k * (1 + p.m / 4);
-  if (work < kSerialWork) threads = 1;
+  threads = threads_for(p, threads);
 
   Product product = {&kernel, &p, plan(kernel, p, threads), nullptr, nullptr};
   const Plan& cut = product.plan;
@@ -353,6 +363,54 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   }
   free(memory);
   return bad;
+}
+
+// --- reading only -------------------------------------------------------------------------------
+
+struct Read {
+  const Kernel* kernel;
+  const Problem* problem;
+  Plan plan;
+  uint64_t found;  // exclusive or of all that was read
+};
+
+void take(const void* from, __m128i& found) {
+  found = _mm_xor_si128(found, _mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+// Reads what `run_task` would, in its order: the codes of a group, then its scales and zeros. The latter
+// once, although a kernel that cuts groups into steps takes them at each step.
+void read_task(void* opaque, int64_t i) {
+  Read& read = *static_cast<Read*>(opaque);
+  const Problem& p = *read.problem;
+  const Task task = task_at(p, read.plan, i);
+  const int64_t first = task.block * read.kernel->block_rows;
+  const int64_t left = p.padded_n - first;
+  const int64_t rows = left < read.kernel->block_rows ? left : read.kernel->block_rows;
+  const int64_t step_bytes = p.step * rows / 2;
+  const int64_t qparams_bytes = rows * 4;
+  const uint8_t* bytes = p.qdata + first * (p.padded_k / 2) + task.step * step_bytes;
+  __m128i found[4] = {};
+  for (int64_t step = task.step; step < task.step_end; ++step) {
+    const int64_t group = step * p.step / p.group_size;
+    const uint32_t* const pairs = p.scale_and_zero + group * p.qparams_stride + first;
+    const auto* const ahead =
+        reinterpret_cast<const char*>(pairs + int4cpu::kPrefetchGroups * p.qparams_stride);
+    for (int64_t at = 0; at < qparams_bytes; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T0);
+    // At least 32 columns of 16 rows: a multiple of 64 bytes, and so are their scales and zeros.
+    for (const uint8_t* const end = bytes + step_bytes; bytes < end; bytes += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes) + int4cpu::kPrefetch, _MM_HINT_T1);
+      for (int j = 0; j < 4; ++j) take(bytes + 16 * j, found[j]);
+    }
+    if (step * p.step % p.group_size != 0) continue;
+    for (int64_t at = 0; at < rows; at += 16) {
+      for (int j = 0; j < 4; ++j) take(pairs + at + 4 * j, found[j]);
+    }
+  }
+  uint64_t halves[2];
+  const __m128i all = _mm_xor_si128(_mm_xor_si128(found[0], found[1]), _mm_xor_si128(found[2], found[3]));
+  memcpy(halves, &all, sizeof halves);
+  __atomic_fetch_xor(&read.found, halves[0] ^ halves[1], __ATOMIC_RELAXED);
 }
 
 }  // namespace
@@ -451,38 +509,65 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
   return threads * rounds * spin.kernel->spin(0);
 }
 
-// Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
-// an Error.
-EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
-  const int32_t kernel = call->kernel, dtype = call->dtype, group_size = call->group_size;
-  const int64_t m = call->m, n = call->n, k = call->k;
+// Checks a call, and fills in its weight for the kernel that multiplies `call.m` rows. Returns 0 or an
+// Error.
+static int64_t take_weight(const int4cpu::Call& call, const Kernel*& chosen, Problem& p) {
+  const int32_t kernel = call.kernel, dtype = call.dtype, group_size = call.group_size;
+  const int64_t m = call.m, n = call.n, k = call.k;
   if (kernel < 0 || kernel >= kKernelCount || !(int4cpu_kernels() >> kernel & 1)) {
     return kUnknownKernel;
   }
   const bool group_fits =
       group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
-  if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || call->bias_dtype < 0 ||
-      call->bias_dtype > 2 || call->qparams_dtype < 0 || call->qparams_dtype > 1 || !group_fits) {
+  if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || call.bias_dtype < 0 ||
+      call.bias_dtype > 2 || call.qparams_dtype < 0 || call.qparams_dtype > 1 || !group_fits) {
     return kBadArguments;
   }
   if (m == 0) return 0;
-  if (call->qdata == nullptr || call->scale_and_zero == nullptr) return kFreed;
-  const Kernel& chosen = *kKernels[int4cpu_kernel_for(kernel, m, group_size)];
-  Problem p = {};
-  p.x_stride = call->x_stride;
-  p.dtype = dtype;
+  if (call.qdata == nullptr || call.scale_and_zero == nullptr) return kFreed;
+  chosen = kKernels[int4cpu_kernel_for(kernel, m, group_size)];
   p.n = n;
   p.k = k;
+  p.qdata = static_cast<const uint8_t*>(call.qdata);
+  p.scale_and_zero = static_cast<const uint32_t*>(call.scale_and_zero);
+  p.qparams_dtype = call.qparams_dtype;
+  cut_weight(*chosen, n, k, group_size, p);
+  p.qparams_stride = p.padded_k == group_size ? p.padded_n : call.qparams_stride;
+  if (p.qparams_stride < p.padded_n) return kBadArguments;
+  return 0;
+}
+
+// Goes through a weight as a product of one row does, with the same tasks, but only reads. x, y and bias
+// of the call are not used. Returns the exclusive or of all 32-bit words read, each once, or an Error.
+EXPORT int64_t int4cpu_read(const int4cpu::Call* call) {
+  int4cpu::Call one = *call;
+  one.m = 1;
+  const Kernel* kernel = nullptr;
+  Problem p = {};
+  const int64_t failed = take_weight(one, kernel, p);
+  if (failed != 0) return failed;
+  p.m = 1;
+  const int32_t threads = threads_for(p, one.threads);
+  Read read = {kernel, &p, plan(*kernel, p, threads), 0};
+  for_each(read.plan.row_tasks * read.plan.blocks * read.plan.parts, threads, read_task, &read);
+  return static_cast<uint32_t>(read.found ^ read.found >> 32);
+}
+
+// Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
+// an Error.
+EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
+  const int64_t m = call->m, n = call->n;
+  const Kernel* kernel = nullptr;
+  Problem p = {};
+  const int64_t failed = take_weight(*call, kernel, p);
+  if (failed != 0 || m == 0) return failed;
+  const Kernel& chosen = *kernel;
+  p.x_stride = call->x_stride;
+  p.dtype = call->dtype;
   p.bias = call->bias;
   p.bias_dtype = call->bias_dtype;
-  p.qdata = static_cast<const uint8_t*>(call->qdata);
-  p.scale_and_zero = static_cast<const uint32_t*>(call->scale_and_zero);
-  p.qparams_dtype = call->qparams_dtype;
-  cut_weight(chosen, n, k, group_size, p);
-  p.qparams_stride = p.padded_k == group_size ? p.padded_n : call->qparams_stride;
-  if (p.qparams_stride < p.padded_n) return kBadArguments;
 
-  const int64_t itemsize = dtype == int4cpu::kFloat32 ? 4 : 2;
+  const int64_t itemsize = p.dtype == int4cpu::kFloat32 ? 4 : 2;
   int64_t rows = kPackedBytes / (p.padded_k * chosen.element_bytes);
   if (rows < chosen.task_rows) rows = chosen.task_rows;
   rows = divide_up(m, divide_up(m, rows));

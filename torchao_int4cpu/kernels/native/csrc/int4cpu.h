@@ -83,6 +83,13 @@ struct Kernel {
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
 
+// Bytes of the weight that are asked for ahead of time; they may lie beyond its end. A 4096 x 4096
+// weight, one row, medians on 2 cores of an EPYC 9004: 2 KiB into the first cache 0.344 ms, 4 KiB and
+// 8 KiB into the second 0.337 and 0.330.
+constexpr int64_t kPrefetch = 8192;
+// The same of the scales and zeros of a block, in groups.
+constexpr int64_t kPrefetchGroups = 3;
+
 // A chunk of a block is 32 KiB, long enough for its totals to cost nothing beside it.
 constexpr int32_t kChunkColumns = 1024;
 
