@@ -199,6 +199,13 @@ def random_weight(
     return Int4OpaqueTensor.from_groupwise(value, dtype=dtype)
 
 
+def _copy(weight: Int4OpaqueTensor) -> Int4OpaqueTensor:
+    """In memory as `quantize_` gets it, in huge pages where there are some."""
+    empty = Int4OpaqueTensor.empty(weight.shape, weight.group_size, weight.dtype)
+    empty.copy_(weight)
+    return empty
+
+
 class _Exact(NamedTuple):
     """Exact products of the first rows of an activation, float64 ``[rows, N]``.
 
@@ -232,7 +239,7 @@ class _Weights:
         self.packed_bytes = first.qdata.nbytes + first.scale_and_zero.nbytes
         cycled = min(64, CYCLE_BYTES // self.packed_bytes) // COMPILED_LAYERS * COMPILED_LAYERS
         self.count = max(COMPILED_LAYERS, cycled)
-        self.packed = [first] + [first.clone() for _ in range(self.count - 1)]
+        self.packed = [first] + [_copy(first) for _ in range(self.count - 1)]
         dense = first.dequantize()
         dense_count = max(2, min(self.count, CYCLE_BYTES // dense.nbytes))
         self.dense = [dense] + [dense.clone() for _ in range(dense_count - 1)]
