@@ -14,7 +14,14 @@ from torchao_int4cpu.kernels.native.library import KERNELS
 from torchao_int4cpu.kernels.selection import native_kernel, read_at_best
 
 
-@pytest.fixture(scope="session", params=KERNELS)
+#: One of each layout; the others differ in steps and chunks at most.
+FAST = ("int16_avx2", "int16_vbmi")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in KERNELS],
+)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
 
