@@ -13,7 +13,6 @@ from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.library import KERNELS
 from torchao_int4cpu.kernels.selection import native_kernel, read_at_best
 
-
 #: One of each layout; the others differ in steps and chunks at most.
 FAST = ("int16_avx2", "int16_vbmi")
 
