@@ -468,6 +468,7 @@ def test_a_config_reads_back_as_torchaos_own(config: Int4WeightOnlyConfig) -> No
 @pytest.mark.parametrize(
     "seed", ["0", *(pytest.param(seed, marks=pytest.mark.slow) for seed in ("1", "2", "5"))]
 )
+@pytest.mark.slow
 def test_serialization_does_not_depend_on_the_hash_seed(seed: str) -> None:
     """torchao looks a class name up in a *set* of modules."""
     done = run_child("serialized_config", environment={"PYTHONHASHSEED": seed})

@@ -258,6 +258,7 @@ def test_every_implementation_agrees_with_the_dense_model(family: str, dtype: to
 
 
 @pytest.mark.parametrize("group_size", [pytest.param(32, marks=pytest.mark.slow), 128])
+@pytest.mark.slow
 def test_the_hidden_size_of_gpt_oss(group_size: int) -> None:
     """2880 = 22 · 128 + 64: the last group is short."""
     sizes: dict[str, Any] = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 3}

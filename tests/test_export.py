@@ -157,6 +157,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # what they read under another is tested fast for saved models, in test_isa
 @pytest.mark.parametrize("reader", readers())
 def test_a_program_from_any_instruction_set(reader: str, programs: Path) -> None:
     """All ordered pairs. Our op gives the right numbers; PyTorch's does so or the program refuses."""

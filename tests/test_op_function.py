@@ -218,6 +218,11 @@ def test_the_dict_says_which_kernel_multiplies(variant: Variant) -> None:
     assert call(*good) is left.answer
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [CALLED_KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CALLED_KERNELS[1:])],
+    indirect=True,
+)
 def test_it_keeps_no_reference(variant: Variant) -> None:
     left = Left()
     call = function_of(variant, lambda *_: left.answer, lambda: False)

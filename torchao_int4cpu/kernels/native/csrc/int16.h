@@ -267,8 +267,8 @@ struct Int16 : Blocks<Isa> {
     }
   }
 
-  // Few rows: codes are expanded in registers. A task of a block times `Rows` of its rows from `row` on. Each of `passes` over the bytes asks for its
-  // share of what comes next: memory has to work during all of them.
+  // Few rows: codes are expanded in registers. A task of a block times `Rows` of its rows from `row` on.
+  // Each of `passes` over the bytes asks for its share of what comes next: memory has to work during all.
   template <int Rows, bool Whole>
   __attribute__((noinline)) static void fused(const Problem& p, const Task& t, const Block& block,
                                               int64_t row, int pass, int passes, float* totals) {
