@@ -1,4 +1,4 @@
-"""The readable twin of the kernels for few rows: the same arithmetic in plain torch, bit for bit.
+"""The readable twin of the kernels of integers: the same arithmetic in plain torch, bit for bit.
 
 See csrc/int16.h, which says why. Slow: it is a loop over groups on whole matrices of integers.
 """
@@ -61,7 +61,7 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def fixed_point_mm(x: Tensor, weight: PackedInt4) -> Tensor:
-    """``x · Wᵀ`` as the kernels for few rows compute it, of finite rows of common size.
+    """``x · Wᵀ`` as the kernels of integers compute it, of finite rows of common size.
 
     ``[M, N]`` in the dtype of x. Rows with a group of too many outliers are NaN: these are for the
     float32 kernel.

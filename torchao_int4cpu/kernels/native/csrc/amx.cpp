@@ -103,6 +103,9 @@ int64_t spin(int64_t rounds) {
 
 }  // namespace
 
+// Up to 16 rows have the same bits on every CPU, which the kernels of integers see to.
+constexpr int32_t kLeastRows = 17;
+
 const int4cpu::Kernel int4cpu::kAmx = {
     .name = "amx",
     .block_rows = Here::kBlock,
@@ -113,7 +116,7 @@ const int4cpu::Kernel int4cpu::kAmx = {
     .task_rows = 256,
     .tile_rows = kRows,
     .chunk_columns = 0,
-    .least_rows = 17,
+    .least_rows = kLeastRows,
     .pack_rows = &Here::pack_rows,
     .multiply = &multiply,
     .store = &Here::store,

@@ -288,7 +288,7 @@ constexpr int64_t kStackBytes = 32768;
 
 int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads);
 
-// Multiplies the rows that the kernel for few rows leaves to the float32 kernel.
+// Multiplies the rows that a kernel of integers leaves to the float32 kernel of its layout.
 int64_t multiply_left(const Problem& few, int32_t block_rows, int64_t count, int32_t threads) {
   const Kernel& kernel = block_rows == int4cpu::kAvx2.block_rows ? int4cpu::kAvx2 : int4cpu::kAvx512;
   const int64_t itemsize = few.dtype == int4cpu::kFloat32 ? 4 : 2;

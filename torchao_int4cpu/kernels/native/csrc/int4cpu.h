@@ -93,13 +93,14 @@ constexpr int64_t kPrefetchGroups = 3;
 // A chunk of a block is 32 KiB, long enough for its totals to cost nothing beside it.
 constexpr int32_t kChunkColumns = 1024;
 
-// Rows of a task of the kernels with chunks, which needs totals twice.
+// Rows of a task of the kernels with chunks, which needs totals twice; a multiple of the same.
 constexpr int32_t kChunkedTaskRows = 240;
 static_assert(2 * kChunkedTaskRows <= kMaxTaskRows);
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
 // contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
-// `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from one group to the next; of a single group it says nothing.
+// `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from
+// one group to the next; of a single group it says nothing.
 // One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
 struct Call {
   int32_t kernel, dtype, group_size, threads, bias_dtype, qparams_dtype;

@@ -158,6 +158,28 @@ def test_the_twin_and_its_multiply_add_are_right() -> None:
     assert bool(((q >= 16319.5) & (q <= 32639)).logical_or(largest < 2.0**-112).all())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "down", "up"),
+    [(torch.float32, 149, 100), (torch.bfloat16, 133, 100), (torch.float16, 24, 24)],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_denormal_activations_lose_nothing(
+    variant: Variant, dtype: torch.dtype, down: int, up: int
+) -> None:
+    """Integers as multiples of the least number above 0, and a weight that brings the results back."""
+    groupwise = random_groupwise(70, 300, 32)
+    larger = type(groupwise)(groupwise.codes, groupwise.scale * 2.0**up, groupwise.zero * 2.0**up, 32)
+    x = torch.randint(-100, 101, (60, 300)).to(dtype)
+    denormal = (x.double() * 2.0**-down).to(dtype)
+    assert denormal.abs().amax() < torch.finfo(dtype).smallest_normal
+    assert torch.equal(denormal.double() * 2.0**down, x.double())
+    for m in (1, 16, 60):
+        y = variant.mm(denormal[:m], packed_in(larger, variant.layout))
+        expected = variant.mm(x[:m], packed_in(groupwise, variant.layout))
+        assert torch.equal(y.double() * 2.0 ** (down - up), expected.double())
+        assert bool((y != 0).any())
+
+
 # --- the same bits ------------------------------------------------------------------------------
 
 
