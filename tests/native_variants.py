@@ -34,10 +34,10 @@ def runnable_libraries() -> dict[str, NativeLibrary]:
     other = os.environ.get(OTHER_LIBRARY)
     if other is not None:
         library = NativeLibrary(Path(other))
-        return dict.fromkeys(library.kernels, library)
+        return dict.fromkeys((*library.kernels, *library.transposed_kernels), library)
     if isinstance(LIBRARY, Unavailable):
         return {}
-    found = dict.fromkeys(LIBRARY.kernels, LIBRARY)
+    found = dict.fromkeys((*LIBRARY.kernels, *LIBRARY.transposed_kernels), LIBRARY)
     if "avx512_bf16" in found and "amx" not in found:
         path = Path(_EMULATED.name) / "libint4cpu.so"
         try:
@@ -46,12 +46,13 @@ def runnable_libraries() -> dict[str, NativeLibrary]:
             warnings.warn(f"AMX is not tested: {error}", stacklevel=1)
         else:
             emulated = NativeLibrary(path)
-            found |= {name: emulated for name in emulated.kernels if name not in found}
+            names = (*emulated.kernels, *emulated.transposed_kernels)
+            found |= {name: emulated for name in names if name not in found}
     return found
 
 
 class Variant:
-    """One kernel: ``mm(x, weight, bias)``."""
+    """One kernel: ``mm(x, weight, bias)``, or ``mm_transposed(x, weight)``."""
 
     def __init__(self, name: str, library: NativeLibrary) -> None:
         self.name, self.library = name, library
@@ -59,6 +60,9 @@ class Variant:
 
     def mm(self, x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
         return self.library.mm(self.name, x, weight, bias)
+
+    def mm_transposed(self, x: Tensor, weight: PackedInt4) -> Tensor:
+        return self.library.mm_transposed(self.name, x, weight)
 
     def random(self, n: int, k: int, group_size: int, seed: int = 0) -> PackedInt4:
         return packed_in(random_groupwise(n, k, group_size, seed), self.layout)

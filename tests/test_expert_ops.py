@@ -23,7 +23,7 @@ from torchao_int4cpu.kernels.ops.experts import (
     traceable_grouped_mm_transposed,
 )
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm_transposed
-from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
+from torchao_int4cpu.kernels.selection import int4_mm_transposed
 
 # --- ops ----------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ def test_compiled_and_eager_agree_for_any_number_of_rows() -> None:
             stacked.qdata[1:, 64:], stacked.scale_and_zero[1:, :, 64:], 32, native(), N, K
         )
         assert torch.equal(expected[0], grouped_mm(x, experts, offs))
-        assert torch.equal(expected[4], int4_mm_grad(y, one_of(experts, 1)))
+        assert torch.equal(expected[4], int4_mm_transposed(y, one_of(experts, 1)))
 
 
 def test_modes_see_the_ops() -> None:

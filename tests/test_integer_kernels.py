@@ -17,7 +17,7 @@ from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import INTEGER_KERNELS
+from torchao_int4cpu.kernels.native.library import INTEGER_KERNELS, TRANSPOSED_KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -237,6 +237,11 @@ def test_every_kernel_that_may_be_asked_for_leaves_few_rows_to_these() -> None:
     for name, library in runnable_libraries().items():
         for group_size in (32, 64, 128, 256):
             few = [library.kernel_for(name, m, group_size) for m in ROWS]
+            if name in TRANSPOSED_KERNELS:
+                by_tiles = [m for m, kernel in zip(ROWS, few) if kernel == name == "transposed_amx"]
+                assert set(few) <= {name, "transposed_avx512_bf16"}
+                assert by_tiles == ([m for m in ROWS if m > 16] if name == "transposed_amx" else [])
+                continue
             if name in ("avx2", "avx512"):  # asked for only where all of integers fail
                 assert set(few) == {name}
                 continue

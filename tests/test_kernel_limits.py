@@ -22,10 +22,10 @@ from torchao_int4cpu.kernels.portable.decode import OP_INDEX_LIMIT, decode, op_p
 from torchao_int4cpu.kernels.portable.prefill import (
     PREFILL_MAX_BYTES,
     PrefillPlan,
-    int4_mm_grad,
     plan_bytes,
     plan_prefill,
     prefill,
+    prefill_transposed,
 )
 
 dtypes = pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_products_in_many_pieces_are_within_the_bound(
     grad = torch.randn(8, 200).to(dtype)
     w = int4_mm_reference(torch.eye(300), weight).t()
     bound = 2.0**-6 * (grad.double().abs() @ w.abs()) + 1e-6  # as below
-    assert bool(((int4_mm_grad(grad, weight).double() - grad.double() @ w).abs() <= bound).all())
+    assert bool(((prefill_transposed(grad, weight).double() - grad.double() @ w).abs() <= bound).all())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -147,8 +147,8 @@ def test_products_in_many_pieces_are_within_the_bound(
     [
         ("prefill", "bfloat16"),
         pytest.param("prefill", "float32", marks=pytest.mark.slow),
-        pytest.param("int4_mm_grad", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("int4_mm_grad", "float32", marks=pytest.mark.slow),
+        pytest.param("prefill_transposed", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("prefill_transposed", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_extra_memory_is_at_most_64_mib(kernel: str, dtype: str) -> None:

@@ -19,8 +19,8 @@ from torchao_int4cpu.kernels.ops.products import traceable_int4_mm, traceable_in
 from torchao_int4cpu.kernels.portable import prefill as prefill_module
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.portable.prefill import (
-    int4_mm_grad,
     prefill,
+    prefill_transposed,
 )
 from torchao_int4cpu.kernels.selection import choose_kernel, decode_max_rows, int4_mm, kernel_choices
 
@@ -93,7 +93,7 @@ def test_small_integers_come_out_exact(dtype: torch.dtype) -> None:
     assert torch.equal(prefill(x, exact).double(), expected)
     grad = torch.randint(-1, 2, (9, 100)).to(dtype)
     expected_grad = grad.double() @ int4_mm_reference(torch.eye(30), exact).t()
-    close = int4_mm_grad(grad, exact).double()
+    close = prefill_transposed(grad, exact).double()
     assert bool(((close - expected_grad).abs() <= expected_grad.abs() * 2.0**-7).all())
 
 
@@ -176,7 +176,7 @@ def test_groups_that_lie_apart_give_the_same_bits(
     view = apart(weight)
     assert view.scale_and_zero.is_contiguous() == (len(view.scale_and_zero) == 1)
     grad = torch.randn(5, n).to(dtype)
-    assert torch.equal(int4_mm_grad(grad, view), int4_mm_grad(grad, weight))
+    assert torch.equal(prefill_transposed(grad, view), prefill_transposed(grad, weight))
     for m in (1, 7, 300):
         x = torch.randn(m, k).to(dtype)
         assert torch.equal(prefill(x, view), prefill(x, weight))
@@ -229,7 +229,7 @@ def test_the_gradient_is_within_the_bound(
     weight = packed_in(random_groupwise(n, k, group_size), layout)  # type: ignore[arg-type]
     grad = torch.randn(5, n).to(dtype)
     w = int4_mm_reference(torch.eye(k), weight).t()
-    result = int4_mm_grad(grad, weight)
+    result = prefill_transposed(grad, weight)
     assert result.shape == (5, k)
     assert result.dtype == dtype
     terms = grad.double().abs() @ w.abs()

@@ -23,6 +23,8 @@ from torchao_int4cpu.kernels.native.library import (
     INTEGER_KERNELS,
     KERNELS,
     KERNELS_OF_LAYOUT,
+    TRANSPOSED_KERNELS,
+    TRANSPOSED_KERNELS_OF_LAYOUT,
     NativeLibrary,
     Unavailable,
     layout_of,
@@ -97,7 +99,7 @@ def test_c_and_python_number_the_kernels_alike() -> None:
     for library in runnable_libraries().values():
         name_of = ctypes.CDLL(str(library.path.resolve())).int4cpu_kernel_name
         name_of.restype = ctypes.c_char_p
-        expected = KERNELS
+        expected = (*KERNELS, *TRANSPOSED_KERNELS)
         names = [name_of(i) for i in range(len(expected) + 1)]
         assert names == [*(name.encode() for name in expected), None]
 
@@ -116,7 +118,9 @@ def test_every_kernel_is_of_one_layout() -> None:
     assert {name for names in KERNELS_OF_LAYOUT.values() for name in names} == set(KERNELS) - {
         "int8_amx"
     }
-    for layout, names in KERNELS_OF_LAYOUT.items():
+    transposed = TRANSPOSED_KERNELS_OF_LAYOUT
+    assert {name for names in transposed.values() for name in names} == set(TRANSPOSED_KERNELS)
+    for layout, names in [*KERNELS_OF_LAYOUT.items(), *transposed.items()]:
         assert all(layout_of(name).name == layout for name in names)
 
 

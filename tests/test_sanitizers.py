@@ -52,7 +52,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     }
     tests = [
         f"tests/test_{name}.py"
-        for name in ("native", "native_threads", "op_function", "plain_products")
+        for name in ("native", "native_threads", "transposed_kernels", "op_function", "plain_products")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.native_variants import Variant, integers
 from torchao_int4cpu.format.packed import int4_mm_reference
 from torchao_int4cpu.kernels.native import library as native_module
-from torchao_int4cpu.kernels.native.library import NativeLibrary
+from torchao_int4cpu.kernels.native.library import TRANSPOSED_KERNELS, NativeLibrary
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -66,6 +66,8 @@ def main(kernel: str, path: str) -> None:
         copy = Path(shutil.copy(path, folder))
         native_module.empty_strided = lambda: empty_strided  # type: ignore[attr-defined]
         variant = Variant(kernel, NativeLibrary(copy))
+    transposed = kernel in TRANSPOSED_KERNELS
+    multiply = variant.mm_transposed if transposed else variant.mm
     tensor: Any = torch.Tensor
     empty = tensor.new_empty
     for at_end in (False, True):
@@ -77,15 +79,18 @@ def main(kernel: str, path: str) -> None:
                 qdata=guarded(weight.qdata, at_end),
                 scale_and_zero=guarded_pairs(weight.scale_and_zero, apart, at_end),
             )
+            dense = int4_mm_reference(torch.eye(k), weight)
+            dense = dense.t() if transposed else dense
             for m in (1, 3, 7, 20, 80):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                    x = guarded(torch.randint(-1, 2, (m, k)).to(dtype), at_end)
+                    x = guarded(torch.randint(-1, 2, (m, len(dense))).to(dtype), at_end)
                     tensor.new_empty = new_empty  # the result of the product is guarded, too
-                    y = variant.mm(x, weight)
+                    y = multiply(x, weight)
                     tensor.new_empty = empty
-                    expected = int4_mm_reference(x, weight)
+                    expected = x.double() @ dense
                     assert torch.equal(y.double(), expected.to(dtype).double()), (n, k, m, dtype)
-            assert variant.library.read(kernel, weight) >= 0  # nothing beyond the weight
+            if not transposed:
+                assert variant.library.read(kernel, weight) >= 0  # nothing beyond the weight
     print(len(kept))
 
 

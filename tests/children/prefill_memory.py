@@ -9,7 +9,7 @@ import torch
 
 from tests.numerics import native, packed_in, random_groupwise
 from torchao_int4cpu.kernels.portable import prefill as prefill_module
-from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad, prefill
+from torchao_int4cpu.kernels.portable.prefill import prefill, prefill_transposed
 
 M, N, K = 6000, 8192, 4096
 
@@ -21,7 +21,10 @@ def peak_kib() -> int:
 
 def main(kernel: str, dtype: str) -> None:
     weight = packed_in(random_groupwise(N, K, 128), native())
-    product, width, columns = {"prefill": (prefill, K, N), "int4_mm_grad": (int4_mm_grad, N, K)}[kernel]
+    product, width, columns = {
+        "prefill": (prefill, K, N),
+        "prefill_transposed": (prefill_transposed, N, K),
+    }[kernel]
     x = torch.randn(M, width).to(getattr(torch, dtype))
     product(x[:256], weight)  # oneDNN keeps what it needs once
     prefill_module._scratch = prefill_module._Scratch()  # and we our scratch memory, which is to count

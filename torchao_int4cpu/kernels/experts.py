@@ -9,8 +9,7 @@ from torch import Tensor
 
 from torchao_int4cpu.format.checks import check_activation
 from torchao_int4cpu.format.packed import PackedInt4
-from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
-from torchao_int4cpu.kernels.selection import int4_mm
+from torchao_int4cpu.kernels.selection import int4_mm, int4_mm_transposed
 
 Multiply = Callable[[Tensor, PackedInt4], Tensor]
 
@@ -37,7 +36,7 @@ def grouped_mm(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
 def grouped_mm_transposed(x: Tensor, experts: PackedInt4, offs: Tensor) -> Tensor:
     """As `grouped_mm`, but ``x[s] · W[e]``: ``[S, N]`` to ``[S, K]``."""
     check_activation(x, None, experts.n)
-    return _grouped(int4_mm_grad, x, experts, offs, experts.k)
+    return _grouped(int4_mm_transposed, x, experts, offs, experts.k)
 
 
 def _grouped(multiply: Multiply, x: Tensor, experts: PackedInt4, offs: Tensor, columns: int) -> Tensor:
@@ -90,7 +89,7 @@ def bmm(x: Tensor, experts: PackedInt4) -> Tensor:
 def bmm_transposed(x: Tensor, experts: PackedInt4) -> Tensor:
     """As `bmm`, but ``x[e] · W[e]``: ``[E, M, N]`` to ``[E, M, K]``."""
     check_activation(x, experts.qdata.shape[0], None, experts.n)
-    return _batched(int4_mm_grad, x, experts, experts.k)
+    return _batched(int4_mm_transposed, x, experts, experts.k)
 
 
 def _batched(multiply: Multiply, x: Tensor, experts: PackedInt4, columns: int) -> Tensor:

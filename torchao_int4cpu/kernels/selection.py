@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,13 @@ from torchao_int4cpu.kernels.native.library import (
     KERNELS,
     KERNELS_OF_LAYOUT,
     LAYOUTS_OF_CAPABILITY,
+    TRANSPOSED_KERNELS_OF_LAYOUT,
     NativeLibrary,
     Unavailable,
     load,
 )
 from torchao_int4cpu.kernels.portable.decode import decode
-from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE, prefill
+from torchao_int4cpu.kernels.portable.prefill import DENSE_DTYPE, prefill, prefill_transposed
 
 
 class DecodeRange(NamedTuple):
@@ -88,15 +89,28 @@ def _runnable_kernels(library: NativeLibrary | Unavailable, capability: str) -> 
             "thread; choose torchao_int4cpu.set_kernel('aten') for PyTorch's own threads",
             stacklevel=2,
         )
+    return _best(KERNELS_OF_LAYOUT, library.kernels, capability)
+
+
+def _best(
+    of_layout: dict[str, tuple[str, ...]], usable: Sequence[str], capability: str
+) -> dict[str, str]:
     best = {}
     for layout in LAYOUTS_OF_CAPABILITY.get(capability, ()):
-        runnable = [name for name in KERNELS_OF_LAYOUT[layout] if name in library.kernels]
+        runnable = [name for name in of_layout[layout] if name in usable]
         if runnable:
             best[layout] = runnable[0]
     return best
 
 
-_RUNNABLE = _runnable_kernels(LIBRARY, torch.backends.cpu.get_cpu_capability())
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_RUNNABLE = _runnable_kernels(LIBRARY, _CAPABILITY)
+#: By layout: the same for products from the other side.
+_RUNNABLE_TRANSPOSED = (
+    {}
+    if isinstance(LIBRARY, Unavailable)
+    else _best(TRANSPOSED_KERNELS_OF_LAYOUT, LIBRARY.transposed_kernels, _CAPABILITY)
+)
 _selection = "auto"
 _in_forked_child = False
 #: By layout: the native kernel that multiplies now, as its name, as the call, and as the call for plain
@@ -104,6 +118,7 @@ _in_forked_child = False
 _native_kernels: dict[str, str] = {}
 _native_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor]] = {}
 _plain_products: dict[str, Callable[[Tensor, PackedInt4, Tensor | None], Tensor | None]] = {}
+_transposed_products: dict[str, Callable[[Tensor, PackedInt4], Tensor]] = {}
 #: The same for ops, as an index; C has this dict, so it is changed and never replaced.
 _op_kernels: dict[str, int] = {}
 
@@ -141,12 +156,14 @@ class set_kernel(contextlib.AbstractContextManager["set_kernel"]):  # called as 
 
 
 def _select(name: str) -> None:
-    global _selection, _native_kernels, _native_products, _plain_products
+    global _selection, _native_kernels, _native_products, _plain_products, _transposed_products
     _selection = name
     _native_kernels = {} if name == "aten" else _RUNNABLE
-    _native_products, _plain_products = {}, {}
+    _native_products, _plain_products, _transposed_products = {}, {}, {}
     _op_kernels.clear()
-    if not isinstance(LIBRARY, Unavailable):
+    if not isinstance(LIBRARY, Unavailable) and name != "aten":
+        for layout, kernel in _RUNNABLE_TRANSPOSED.items():
+            _transposed_products[layout] = functools.partial(LIBRARY.mm_transposed, kernel)
         for layout, kernel in _native_kernels.items():
             _native_products[layout] = functools.partial(LIBRARY.mm, kernel)
             if kernel in LIBRARY.plain_products and not _in_forked_child:
@@ -237,6 +254,25 @@ def int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor
         return x.new_empty(0, weight.n)
     y = (decode if choose_kernel(x.shape[0], weight) == "decode" else prefill)(x, weight)
     return y if bias is None else y.add_(bias)
+
+
+def int4_mm_transposed(x: Tensor, weight: PackedInt4) -> Tensor:
+    """Multiply from the other side, which is the gradient of `int4_mm` with respect to its activation.
+
+    Args:
+        x: ``[M, N]``, bfloat16, float16 or float32, M >= 0.
+        weight: ``[N, K]`` packed.
+
+    Returns:
+        ``x · W``, ``[M, K]`` contiguous, in the dtype of ``x``.
+    """
+    if _in_forked_child:
+        _leave_the_threads_of_the_parent()
+    native = _transposed_products.get(weight.layout.name)
+    if native is not None:
+        return native(x, weight)
+    check_not_freed(weight)
+    return prefill_transposed(x, weight)
 
 
 def plain_int4_mm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor | None:

@@ -22,10 +22,10 @@ from torchao_int4cpu.format.groupwise import CODE_OFFSET
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, pack
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.build import LIBRARY_PATH, source_digest, supported_platform
-from torchao_int4cpu.kernels.portable.prefill import prefill
+from torchao_int4cpu.kernels.portable.prefill import prefill, prefill_transposed
 from torchao_int4cpu.version import empty_strided
 
-#: By kernel: the layout that it reads. In the order of ``kKernels`` in csrc/driver.cpp.
+#: By kernel of ``x · Wᵀ``: the layout that it reads. In the order of ``kKernels`` in csrc/driver.cpp.
 LAYOUT_OF_KERNEL = {
     "avx2": "avx2",
     "avx512": "avx512",
@@ -40,10 +40,25 @@ LAYOUT_OF_KERNEL = {
 }
 KERNELS = tuple(LAYOUT_OF_KERNEL)
 
+#: The same for ``x · W``, which follow those in ``kKernels``.
+LAYOUT_OF_TRANSPOSED_KERNEL = {
+    "transposed_avx2": "avx2",
+    "transposed_avx512": "avx512",
+    "transposed_avx512_bf16": "avx512",
+    "transposed_amx": "avx512",
+}
+TRANSPOSED_KERNELS = tuple(LAYOUT_OF_TRANSPOSED_KERNEL)
+
 #: By layout: the kernels to ask for, best first. Some leave few rows to others: see `kernel_for`.
 KERNELS_OF_LAYOUT = {
     "avx512": ("amx", "avx512_bf16", "int16_vbmi", "int16_avx512_vnni", "int16_avx512", "avx512"),
     "avx2": ("int16_avx_vnni", "int16_avx2", "avx2"),
+    "default": (),
+}
+
+TRANSPOSED_KERNELS_OF_LAYOUT = {
+    "avx512": ("transposed_amx", "transposed_avx512_bf16", "transposed_avx512"),
+    "avx2": ("transposed_avx2",),
     "default": (),
 }
 
@@ -53,7 +68,8 @@ INTEGER_KERNELS = tuple(name for name in KERNELS if name.startswith("int"))
 #: Layouts to multiply by where PyTorch's own kernels may use so much (`ATEN_CPU_CAPABILITY` lowers it).
 LAYOUTS_OF_CAPABILITY = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 
-_INDEX = {name: i for i, name in enumerate(KERNELS)}
+_NAMES = (*KERNELS, *TRANSPOSED_KERNELS)
+_INDEX = {name: i for i, name in enumerate(_NAMES)}
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_MEMORY, _FREED = -2, -4
 
@@ -63,7 +79,7 @@ _pack_call = struct.Struct("6i10q").pack
 
 def layout_of(kernel: str) -> NibbleLayout:
     """The layout that a kernel reads."""
-    return LAYOUTS[LAYOUT_OF_KERNEL[kernel]]
+    return LAYOUTS[(LAYOUT_OF_KERNEL | LAYOUT_OF_TRANSPOSED_KERNEL)[kernel]]
 
 
 class Unavailable(Exception):
@@ -75,8 +91,9 @@ class NativeLibrary:
 
     Attributes:
         path: of the library.
-        kernels: those that this CPU and this system can run, and that pass `self_test`.
-        failed: those that do not pass it.
+        kernels: those of `KERNELS` that this CPU and this system can run, and that pass `self_test`.
+        transposed_kernels: the same of `TRANSPOSED_KERNELS`.
+        failed: those of both that do not pass it.
         shares_threads: whether it runs on the threads of PyTorch's OpenMP runtime, else on one.
         plain_products: by kernel, a C function ``(x, weight, bias)`` of x ``[..., K]`` that does what
             `mm` does in a third of the time, or returns None: where x or the bias wants a gradient,
@@ -103,18 +120,19 @@ class NativeLibrary:
         library.int4cpu_spin.restype = i64
         library.int4cpu_kernel_for.argtypes = [i32, i64, i32]
         library.int4cpu_use_runtime.argtypes = [pointer, pointer]
-        mm = library.int4cpu_mm
-        for function in (mm, library.int4cpu_read):
+        for function in (library.int4cpu_mm, library.int4cpu_mm_transposed, library.int4cpu_read):
             function.argtypes = [ctypes.c_char_p]
             function.restype = i64
         self.path = path
-        self._library, self._mm = library, mm
+        self._library = library
         found = library.int4cpu_kernels()
         self.shares_threads = self._share_threads()
         usable = [name for name, i in _INDEX.items() if found >> i & 1]
-        self.plain_products = self._plain_products(usable)
+        self.plain_products = self._plain_products([name for name in usable if name in KERNELS])
         self.failed = self._exclude_failing(usable)
-        self.kernels = tuple(name for name in usable if name not in self.failed)
+        right = [name for name in usable if name not in self.failed]
+        self.kernels = tuple(name for name in right if name in KERNELS)
+        self.transposed_kernels = tuple(name for name in right if name in TRANSPOSED_KERNELS)
 
     def _exclude_failing(self, kernels: Sequence[str]) -> tuple[str, ...]:
         # Those of integers first: others hand few rows on to the best one that is left.
@@ -128,7 +146,7 @@ class NativeLibrary:
     def kernel_for(self, kernel: str, m: int, group_size: int) -> str:
         """The kernel that multiplies ``m`` rows when ``kernel`` is asked for."""
         index: int = self._library.int4cpu_kernel_for(_INDEX[kernel], m, group_size)
-        return KERNELS[index]
+        return _NAMES[index]
 
     def _plain_products(self, kernels: Sequence[str]) -> dict[str, Callable[..., Tensor | None]]:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -209,10 +227,15 @@ class NativeLibrary:
         )
         scale_and_zero = torch.tensor([1, -3], dtype=torch.bfloat16, device="cpu").repeat(3, 80, 1)
         weight = PackedInt4(pack(codes, layout), scale_and_zero, group_size, layout, n, k)
-        x = torch.arange(97 * k, device="cpu").remainder(5).sub(2).reshape(97, k).to(torch.float32)
+        transposed = kernel in TRANSPOSED_KERNELS
+        columns = n if transposed else k
+        x = torch.arange(97 * columns, device="cpu").remainder(5).sub(2).reshape(97, columns)
+        x = x.to(torch.float32)
         x[1, ::5] *= 128
-        expected = x @ (codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)).t()
-        return all(torch.equal(self.mm(kernel, x[:m], weight), expected[:m]) for m in (2, 97))
+        dense = codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)
+        expected = x @ (dense if transposed else dense.t())
+        multiply = self.mm_transposed if transposed else self.mm
+        return all(torch.equal(multiply(kernel, x[:m], weight), expected[:m]) for m in (2, 97))
 
     def threads(self) -> int:
         """How many threads a product uses now: one in a child of `os.fork`."""
@@ -289,17 +312,46 @@ class NativeLibrary:
             done = plain(x, weight, bias)
             if done is not None:
                 return done
+        y = x.new_empty(x.shape[0], weight.n)
+        if self._multiply(self._library.int4cpu_mm, kernel, x, weight, bias, y):
+            _multiply_rows_not_finite(y, x, weight, bias)
+        return y
+
+    def mm_transposed(self, kernel: str, x: Tensor, weight: PackedInt4) -> Tensor:
+        """``x · W`` with one of `transposed_kernels`: x ``[M, N]``, M >= 0, to ``[M, K]`` in its dtype.
+
+        Codes are multiplied exactly, by x times the scale of their row. That product is rounded to
+        bfloat16 by ``transposed_avx512_bf16`` and ``transposed_amx``; the others compute in float32.
+
+        Raises:
+            ValueError: the memory of the weight was freed.
+            MemoryError: there is none for the sums of parts.
+        """
+        y = x.new_empty(x.shape[0], weight.k)
+        if self._multiply(self._library.int4cpu_mm_transposed, kernel, x, weight, None, y):
+            rows = ~x.isfinite().all(dim=1)
+            y[rows] = prefill_transposed(x[rows], weight)
+        return y
+
+    def _multiply(
+        self,
+        function: Callable[[bytes], int],
+        kernel: str,
+        x: Tensor,
+        weight: PackedInt4,
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> int:
+        """Fill in y, except for the rows of x that hold a NaN or an infinity; return their number."""
         qdata, scale_and_zero, group_size, _, n, k = weight
-        m = x.shape[0]
         address = x.data_ptr()
         if x.is_neg() or address == 0:  # its numbers are not what lies in its memory, if any does
             x = torch.empty(x.shape, dtype=x.dtype).copy_(x)
             address = x.data_ptr()
-        x_stride = k
+        x_stride = x.shape[1]
         if not x.is_contiguous():
             x = x if x.stride(1) == 1 else x.contiguous()
             address, x_stride = x.data_ptr(), x.stride(0)
-        y = x.new_empty(m, n)
         call = _pack_call(
             _INDEX[kernel],
             _DTYPE_CODES[x.dtype],
@@ -313,20 +365,18 @@ class NativeLibrary:
             scale_and_zero.data_ptr(),
             scale_and_zero.stride(0) // 2,
             y.data_ptr(),
-            m,
+            x.shape[0],
             n,
             k,
             0 if bias is None else bias.data_ptr(),
         )
-        not_finite: int = self._mm(call)
-        if not_finite:
-            if not_finite == _NO_MEMORY:
-                raise MemoryError(f"no memory to pack an activation of shape {[m, k]}")
-            if not_finite == _FREED:
-                raise ValueError(FREED_MESSAGE)
-            assert not_finite > 0, f"int4cpu_mm({kernel}) returned {not_finite}"
-            _multiply_rows_not_finite(y, x, weight, bias)
-        return y
+        not_finite = function(call)
+        if not_finite == _NO_MEMORY:
+            raise MemoryError(f"no memory to multiply an activation of shape {list(x.shape)}")
+        if not_finite == _FREED:
+            raise ValueError(FREED_MESSAGE)
+        assert not_finite >= 0, f"a product by {kernel} returned {not_finite}"
+        return not_finite
 
 
 def _multiply_rows_not_finite(y: Tensor, x: Tensor, weight: PackedInt4, bias: Tensor | None) -> None:

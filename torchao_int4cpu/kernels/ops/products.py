@@ -22,11 +22,11 @@ from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, native_layout, 
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.ops.register import LIBRARY, define_product, is_eager
 from torchao_int4cpu.kernels.portable.decode import decode
-from torchao_int4cpu.kernels.portable.prefill import int4_mm_grad
 from torchao_int4cpu.kernels.selection import (
     decode_max_rows,
     get_kernel,
     int4_mm,
+    int4_mm_transposed,
     native_kernel,
     op_function,
 )
@@ -108,13 +108,13 @@ _CHECKSUMS = {
 
 def _int4_mm_transposed(y: Tensor, weight: PackedInt4) -> Tensor:
     check_activation(y, None, weight.n)
-    return int4_mm_grad(y, weight)
+    return int4_mm_transposed(y, weight)
 
 
 define_product("int4_mm", int4_mm, ndim=2, function=op_function)
 define_product("int4_mm_differentiable", int4_mm, ndim=2, function=op_function)
 
-#: ``y · W``: ``(y [M, N], weight)`` to ``[M, K]``, what `int4_mm_grad` gives. It has no gradient.
+#: ``y · W``: ``(y [M, N], weight)`` to ``[M, K]``. It has no gradient.
 traceable_int4_mm_transposed = define_product(
     "int4_mm_grad", _int4_mm_transposed, ndim=2, transposed=True
 )

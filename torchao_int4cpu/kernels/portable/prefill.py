@@ -1,7 +1,7 @@
 """Many rows: expand the weight panel by panel and multiply each with an ordinary dense product.
 
 A panel is expanded in the order in which its bytes lie, so that every step runs over consecutive
-memory. Also here, because it needs the same panels: the gradient with respect to the activation.
+memory. Also here, because it needs the same panels: the product from the other side.
 """
 
 from __future__ import annotations
@@ -287,21 +287,21 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def int4_mm_grad(grad: Tensor, weight: PackedInt4) -> Tensor:
-    """Gradient of `int4_mm` with respect to x: ``grad · W``, ``[M, N]`` to ``[M, K]``.
+def prefill_transposed(x: Tensor, weight: PackedInt4) -> Tensor:
+    """``x · W``, ``[M, N]`` to ``[M, K]``, in the dtype of x; any layout.
 
-    Panels are summed in float32; the result has the dtype of ``grad``.
+    x and the expanded weight are rounded to `DENSE_DTYPE`, panels are summed in float32.
     """
     dtype = _dense_dtype_now()
-    out = grad.new_empty(grad.shape[0], weight.k)
+    out = x.new_empty(x.shape[0], weight.k)
     budget = PREFILL_MAX_BYTES // 2  # half for panels, half for the sum and one product
     rows = max(1, budget // (weight.k * (4 + 4)))
-    for grad_rows, out_rows in zip(grad.split(rows), out.split(rows)):
+    for x_rows, out_rows in zip(x.split(rows), out.split(rows)):
         total = torch.zeros(out_rows.shape, dtype=torch.float32)
         for seg in segments(weight.qdata.shape[0], weight.layout):
             plan = _plan_for(rows, weight, seg, dtype, copies_x=False, budget=budget)
             for panels in _panels(weight, seg, plan, dtype, products=0):
-                wide = grad_rows[:, panels.start : panels.stop].to(dtype)
+                wide = x_rows[:, panels.start : panels.stop].to(dtype)
                 wide = F.pad(wide, (0, panels.stop - panels.start - wide.shape[1]))
                 halves = wide.unflatten(1, (-1, 2, seg.distance))
                 for columns, pair in panels.expand():

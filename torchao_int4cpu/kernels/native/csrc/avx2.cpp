@@ -1,5 +1,5 @@
 // AVX2 with FMA and F16C (Haswell and Zen on): float32 products on the AVX2 layout.
-#include "gemm.h"
+#include "transposed.h"
 #include "vec256.h"
 
 namespace {
@@ -73,6 +73,24 @@ struct Avx2 : Vec256 {
   }
 };
 
+// Registers for 12 sums, 2 operands of W and one of x.
+struct Avx2Transposed : Avx2 {
+  using ColumnExpander = Expander256;
+  static constexpr int kTileRows = 6;
+  static constexpr int kChunk = 1024;  // 4 KiB of a row, so that a first-level cache holds a tile
+  static constexpr int kTaskRows = 96;
+  static constexpr int kFusedRows = 2;
+  static constexpr int kMostFused = 4;
+  static constexpr int kTileColumns = 2;
+
+  static Operand load_operand(const Element* from) { return load(from); }
+  static void place(const Vec (&rows)[4], Element* to, int64_t stride) {
+    alignas(32) float block[4 * kLanes];
+    for (int v = 0; v < 4; ++v) store(block + v * kLanes, rows[v]);
+    for (int v = 0; v < 4; ++v) store(to + v * stride, take(block, v));
+  }
+};
+
 using Here = Gemm<Avx2>;
 
 }  // namespace
@@ -93,3 +111,5 @@ const int4cpu::Kernel int4cpu::kAvx2 = {
     .store = &Here::store,
     .spin = &Here::spin,
 };
+
+const int4cpu::Kernel int4cpu::kTransposedAvx2 = transposed_kernel<Avx2Transposed>("transposed_avx2");

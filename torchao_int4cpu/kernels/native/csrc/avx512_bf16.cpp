@@ -1,6 +1,6 @@
 // AVX-512 with bfloat16 dot products (Zen 4 and on, Sapphire Rapids and on).
 #include "bf16.h"
-#include "gemm.h"
+#include "transposed.h"
 
 namespace {
 
@@ -29,3 +29,6 @@ const int4cpu::Kernel int4cpu::kAvx512Bf16 = {
     .store = &Here::store,
     .spin = &Here::spin,
 };
+
+const int4cpu::Kernel int4cpu::kTransposedAvx512Bf16 =
+    transposed_kernel<Bf16Transposed>("transposed_avx512_bf16");

@@ -5,6 +5,18 @@
 
 namespace {
 
+// code - 8 by the low 4 bits of a code, twice, because `vpermw` looks up 5.
+inline __m512i code_table() {
+  alignas(64) uint16_t table[32];
+  for (int code = 0; code < 32; ++code) {
+    const float value = static_cast<float>((code & 15) - 8);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    table[code] = static_cast<uint16_t>(bits >> 16);
+  }
+  return _mm512_load_si512(table);
+}
+
 // Two columns of a block at a time: lane i of a vector is the pair (column k, column k + 1) of one row.
 //
 // `vpermb` brings a byte of the first half of the rows into the low, one of the second half into the
@@ -20,14 +32,7 @@ class Bf16Expander {
       order[2 * i + 1] = static_cast<uint8_t>(order[2 * i] + 16);
     }
     order_ = _mm512_load_si512(order);
-    alignas(64) uint16_t table[32];
-    for (int code = 0; code < 32; ++code) {
-      const float value = static_cast<float>((code & 15) - 8);
-      uint32_t bits;
-      memcpy(&bits, &value, sizeof bits);
-      table[code] = static_cast<uint16_t>(bits >> 16);
-    }
-    table_ = _mm512_load_si512(table);
+    table_ = code_table();
     valid_ = column_bytes == 32 ? ~UINT64_C(0) : (UINT64_C(1) << (2 * column_bytes)) - 1;
   }
 
@@ -67,6 +72,41 @@ struct Bf16 : InOrder512 {
     const __m256i bits = bfloat16_bits(value);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
+// One column of a block: 32 rows in a vector, in the order of memory.
+class ColumnExpander512 {
+ public:
+  ColumnExpander512(bool, int column_bytes) : table_(code_table()) {
+    valid_ = column_bytes == 32 ? ~0U : (1U << column_bytes) - 1;
+  }
+
+  void operator()(const uint8_t* bytes, __m512i (&w)[2]) const {
+    const __m512i codes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(valid_, bytes));
+    w[0] = _mm512_permutexvar_epi16(codes, table_);
+    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table_);
+  }
+
+ private:
+  __m512i table_;
+  __mmask32 valid_;
+};
+
+struct Bf16Transposed : Bf16 {
+  using ColumnExpander = ColumnExpander512;
+  static constexpr int kChunk = 2048;  // 4 KiB of a row, so that a first-level cache holds a tile
+  static constexpr int kTaskRows = 96;
+  static constexpr int kFusedRows = 4;
+  static constexpr int kMostFused = 16;
+  static constexpr int kTileColumns = 4;
+
+  static Operand load_operand(const Element* from) { return _mm512_loadu_si512(from); }
+  static void place(const Vec (&rows)[4], Element* to, int64_t stride) {
+    for (int v = 0; v < 2; ++v) {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(rows[2 * v + 1], rows[2 * v]);
+      _mm512_storeu_si512(to + v * stride, reinterpret_cast<__m512i>(rounded));
+    }
   }
 };
 

@@ -161,24 +161,29 @@ struct Blocks {
         }
       }
       if (bias != nullptr) add_bias(p.dtype, bias, y);
-      const int64_t at = row * p.n + block.first_row;
-      switch (p.dtype) {
-        case int4cpu::kFloat32:
-          memcpy(static_cast<float*>(p.y) + at, y, sizeof(float) * count);
-          break;
-        case int4cpu::kFloat16:
-          store_rounded<&Isa::to_float16>(static_cast<uint16_t*>(p.y) + at, y, count);
-          break;
-        default:
-          store_rounded<&Isa::to_bfloat16>(static_cast<uint16_t*>(p.y) + at, y, count);
-      }
+      store_some<kBlock>(p, row * p.n + block.first_row, y, count);
     }
   }
 
-  template <void (*Round)(const float*, uint16_t*)>
-  static void store_rounded(uint16_t* to, const float* y, int count) {
-    alignas(64) uint16_t rounded[kBlock];
-    for (int v = 0; v < kBlock; v += kLanes) Round(y + v, rounded + v);
+  // The first `count` of `Most` results, rounded, to element `at` of y.
+  template <int Most>
+  static inline __attribute__((always_inline)) void store_some(const Problem& p, int64_t at, const float* y, int64_t count) {
+    switch (p.dtype) {
+      case int4cpu::kFloat32:
+        memcpy(static_cast<float*>(p.y) + at, y, sizeof(float) * count);
+        break;
+      case int4cpu::kFloat16:
+        store_rounded<Most, &Isa::to_float16>(static_cast<uint16_t*>(p.y) + at, y, count);
+        break;
+      default:
+        store_rounded<Most, &Isa::to_bfloat16>(static_cast<uint16_t*>(p.y) + at, y, count);
+    }
+  }
+
+  template <int Most, void (*Round)(const float*, uint16_t*)>
+  static inline __attribute__((always_inline)) void store_rounded(uint16_t* to, const float* y, int64_t count) {
+    alignas(64) uint16_t rounded[Most];
+    for (int v = 0; v < Most; v += kLanes) Round(y + v, rounded + v);
     memcpy(to, rounded, sizeof(uint16_t) * count);
   }
 
@@ -220,7 +225,7 @@ struct Blocks {
   static Vec load_x(const Problem& p, int64_t row, int64_t column) {
     const int64_t itemsize = size_of(p.dtype);
     const char* from = static_cast<const char*>(p.x) + (row * p.x_stride + column) * itemsize;
-    const int64_t left = p.k - column;
+    const int64_t left = p.x_columns - column;
     alignas(64) char tail[kLanes * 4] = {};
     if (left < kLanes) {
       if (left > 0) memcpy(tail, from, left * itemsize);
@@ -231,7 +236,7 @@ struct Blocks {
 
   // A step of a row times `factor`, to floats. Returns the bits of the largest magnitude.
   static uint32_t load_x(const Problem& p, int64_t row, int64_t column, float factor, float* to) {
-    const bool whole = column + p.step <= p.k && factor == 1.0F;
+    const bool whole = column + p.step <= p.x_columns && factor == 1.0F;
     const char* from = static_cast<const char*>(p.x) + (row * p.x_stride + column) * size_of(p.dtype);
     Vec largest = Isa::splat(0.0F);
     const auto load = [&](const auto& value_at) {

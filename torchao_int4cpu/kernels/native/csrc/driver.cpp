@@ -25,18 +25,20 @@ using int4cpu::Task;
 
 enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3, kFreed = -4 };
 
-// In the order of ``KERNELS`` in library.py.
+// In the order of ``KERNELS`` and ``TRANSPOSED_KERNELS`` in library.py.
 enum KernelIndex : int32_t {
   kAvx2, kAvx512, kAvx512Bf16, kAmx,
   kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
   kInt8Amx,
+  kTransposedAvx2, kTransposedAvx512, kTransposedAvx512Bf16, kTransposedAmx,
   kKernelCount,
 };
 const Kernel* const kKernels[kKernelCount] = {
     &int4cpu::kAvx2,        &int4cpu::kAvx512,          &int4cpu::kAvx512Bf16,
     &int4cpu::kAmx,         &int4cpu::kInt16Avx2,       &int4cpu::kInt16AvxVnni,
     &int4cpu::kInt16Avx512, &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
-    &int4cpu::kInt8Amx,
+    &int4cpu::kInt8Amx,     &int4cpu::kTransposedAvx2,  &int4cpu::kTransposedAvx512,
+    &int4cpu::kTransposedAvx512Bf16, &int4cpu::kTransposedAmx,
 };
 
 #ifdef INT4CPU_EMULATE_AMX
@@ -86,7 +88,9 @@ uint32_t find_kernels() {
   return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx |
          avx2 << kInt16Avx2 | (avx2 && (leaf7_1a & kAvxVnni)) << kInt16AvxVnni |
          avx512 << kInt16Avx512 | vnni << kInt16Avx512Vnni |
-         (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx;
+         (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx | avx2 << kTransposedAvx2 |
+         avx512 << kTransposedAvx512 | bf16 << kTransposedAvx512Bf16 |
+         usable << kTransposedAmx;
 }
 
 // --- threads ------------------------------------------------------------------------------------
@@ -163,33 +167,46 @@ void cut_weight(const Kernel& kernel, int64_t n, int64_t k, int32_t group_size, 
   p.group_size = group_size;
   p.padded_n = divide_up(n, 16) * 16;
   p.padded_k = divide_up(k, group_size) * group_size;
-  p.step = group_size < kernel.max_step ? group_size : kernel.max_step;
-  p.steps = p.padded_k / p.step;
+  const int32_t part_of_group = group_size < kernel.max_step ? group_size : kernel.max_step;
+  if (kernel.transposed) {
+    p.x_columns = n;
+    p.y_columns = k;
+    p.block_columns = part_of_group;
+    p.blocks = p.padded_k / part_of_group;
+    p.step = kernel.block_rows;
+    p.steps = divide_up(p.padded_n, p.step);
+  } else {
+    p.x_columns = k;
+    p.y_columns = n;
+    p.block_columns = kernel.block_rows;
+    p.blocks = divide_up(p.padded_n, p.block_columns);
+    p.step = part_of_group;
+    p.steps = p.padded_k / p.step;
+  }
   p.chunk_steps = kernel.chunk_columns / p.step;
 }
 
 struct Plan {
-  int64_t task_rows, row_tasks, blocks, parts;
+  int64_t task_rows, row_tasks, parts;
 };
 
 // Enough tasks for every thread to have several. Rows are cut first, because that costs only another
 // expansion of the block; then K, which costs a sum of the parts.
 Plan plan(const Kernel& kernel, const Problem& p, int32_t threads) {
   Plan plan;
-  plan.blocks = divide_up(p.padded_n, kernel.block_rows);
   plan.task_rows = kernel.task_rows;
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
   const int64_t least_rows = 4 * kernel.tile_rows;
   while (plan.task_rows > least_rows &&
-         (plan.task_rows >= 2 * p.m || divide_up(p.m, plan.task_rows) * plan.blocks < wanted)) {
+         (plan.task_rows >= 2 * p.m || divide_up(p.m, plan.task_rows) * p.blocks < wanted)) {
     plan.task_rows = divide_up(plan.task_rows / 2, kernel.tile_rows) * kernel.tile_rows;
   }
   plan.row_tasks = divide_up(p.m, plan.task_rows);
   plan.task_rows = divide_up(divide_up(p.m, plan.row_tasks), kernel.tile_rows) * kernel.tile_rows;
   plan.row_tasks = divide_up(p.m, plan.task_rows);
   // A part reads at least 16 KiB of the weight.
-  const int64_t least_steps = divide_up(INT64_C(32768), kernel.block_rows * p.step);
-  int64_t parts = divide_up(wanted, plan.row_tasks * plan.blocks);
+  const int64_t least_steps = divide_up(INT64_C(32768), p.block_columns * p.step);
+  int64_t parts = divide_up(wanted, plan.row_tasks * p.blocks);
   const int64_t most = p.chunk_steps > 0 ? divide_up(p.steps, p.chunk_steps) : p.steps / least_steps;
   if (parts > most || (parts > 1 && p.chunk_steps > 0)) parts = most;
   plan.parts = parts < 1 ? 1 : parts;
@@ -238,8 +255,8 @@ void run_task(void* opaque, int64_t i) {
   const Plan& plan = product.plan;
   const Kernel& kernel = *product.kernel;
   Task task = task_at(p, plan, i);
-  const int64_t size = plan.task_rows * kernel.block_rows;
-  const int64_t used = (task.row_end - task.row) * kernel.block_rows;
+  const int64_t size = plan.task_rows * p.block_columns;
+  const int64_t used = (task.row_end - task.row) * p.block_columns;
   if (plan.parts == 1) {
     alignas(64) float totals[int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows];
     const int64_t chunk = p.chunk_steps > 0 ? p.chunk_steps : p.steps;
@@ -326,12 +343,12 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
 
   Product product = {&kernel, &p, plan(kernel, p, threads), nullptr, nullptr};
   const Plan& cut = product.plan;
-  const int64_t wholes = cut.row_tasks * cut.blocks;
+  const int64_t wholes = cut.row_tasks * p.blocks;
   const bool in_parts = cut.parts > 1;
   const int64_t packed_bytes = p.packed_rows * p.padded_k * kernel.element_bytes;
   const int64_t record_bytes = p.packed_rows * p.steps * kernel.record_bytes;
   const int64_t partial_bytes =
-      in_parts ? wholes * cut.parts * cut.task_rows * kernel.block_rows * 4 : 0;
+      in_parts ? wholes * cut.parts * cut.task_rows * p.block_columns * 4 : 0;
   const int64_t finished_bytes = in_parts ? wholes * 4 : 0;
   const int64_t bytes =
       packed_bytes + record_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
@@ -452,6 +469,7 @@ EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m, int32_t group_size)
     }
     return kernel;
   };
+  if (kernel == kTransposedAmx) return first_of({kTransposedAvx512Bf16});
   if (kernel == kAmx && m >= kTileRowsFrom && group_size >= kTileGroupsFrom) {
     return first_of({kInt8Amx, kInt16Vbmi});
   }
@@ -483,7 +501,7 @@ EXPORT int32_t int4cpu_plan(int32_t kernel, int64_t m, int64_t n, int64_t k, int
   const Plan cut = plan(*kKernels[kernel], p, threads);
   counts[0] = cut.task_rows;
   counts[1] = cut.row_tasks;
-  counts[2] = cut.blocks;
+  counts[2] = p.blocks;
   counts[3] = cut.parts;
   return 0;
 }
@@ -511,12 +529,13 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
 
 // Checks a call, and fills in its weight for the kernel that multiplies `call.m` rows. Returns 0 or an
 // Error.
-static int64_t take_weight(const int4cpu::Call& call, const Kernel*& chosen, Problem& p) {
+static int64_t take_weight(const int4cpu::Call& call, bool transposed, const Kernel*& chosen, Problem& p) {
   const int32_t kernel = call.kernel, dtype = call.dtype, group_size = call.group_size;
   const int64_t m = call.m, n = call.n, k = call.k;
   if (kernel < 0 || kernel >= kKernelCount || !(int4cpu_kernels() >> kernel & 1)) {
     return kUnknownKernel;
   }
+  if (kKernels[kernel]->transposed != transposed) return kUnknownKernel;
   const bool group_fits =
       group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256;
   if (m < 0 || n < 1 || k < 1 || dtype < 0 || dtype > 2 || call.bias_dtype < 0 ||
@@ -544,22 +563,22 @@ EXPORT int64_t int4cpu_read(const int4cpu::Call* call) {
   one.m = 1;
   const Kernel* kernel = nullptr;
   Problem p = {};
-  const int64_t failed = take_weight(one, kernel, p);
+  const int64_t failed = take_weight(one, false, kernel, p);
   if (failed != 0) return failed;
   p.m = 1;
   const int32_t threads = threads_for(p, one.threads);
   Read read = {kernel, &p, plan(*kernel, p, threads), 0};
-  for_each(read.plan.row_tasks * read.plan.blocks * read.plan.parts, threads, read_task, &read);
+  for_each(read.plan.row_tasks * p.blocks * read.plan.parts, threads, read_task, &read);
   return static_cast<uint32_t>(read.found ^ read.found >> 32);
 }
 
 // Returns how many rows of x hold a NaN or an infinity: these rows of y are not to be used. Negative:
 // an Error.
-EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
-  const int64_t m = call->m, n = call->n;
+static int64_t product(const int4cpu::Call* call, bool transposed) {
+  const int64_t m = call->m;
   const Kernel* kernel = nullptr;
   Problem p = {};
-  const int64_t failed = take_weight(*call, kernel, p);
+  const int64_t failed = take_weight(*call, transposed, kernel, p);
   if (failed != 0 || m == 0) return failed;
   const Kernel& chosen = *kernel;
   p.x_stride = call->x_stride;
@@ -568,17 +587,23 @@ EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) {
   p.bias_dtype = call->bias_dtype;
 
   const int64_t itemsize = p.dtype == int4cpu::kFloat32 ? 4 : 2;
-  int64_t rows = kPackedBytes / (p.padded_k * chosen.element_bytes);
+  int64_t rows = chosen.transposed ? m : kPackedBytes / (p.padded_k * chosen.element_bytes);
   if (rows < chosen.task_rows) rows = chosen.task_rows;
   rows = divide_up(m, divide_up(m, rows));
   int64_t bad = 0;
   for (int64_t row = 0; row < m; row += rows) {
     p.m = rows < m - row ? rows : m - row;
     p.x = static_cast<const char*>(call->x) + row * call->x_stride * itemsize;
-    p.y = static_cast<char*>(call->y) + row * n * itemsize;
+    p.y = static_cast<char*>(call->y) + row * p.y_columns * itemsize;
     const int64_t found = multiply(chosen, p, call->threads);
     if (found < 0) return found;
     bad += found;
   }
   return bad;
 }
+
+// y = x · Wᵀ + bias.
+EXPORT int64_t int4cpu_mm(const int4cpu::Call* call) { return product(call, false); }
+
+// y = x · W, by a transposed kernel; the bias is not used.
+EXPORT int64_t int4cpu_mm_transposed(const int4cpu::Call* call) { return product(call, true); }

@@ -11,14 +11,16 @@ namespace int4cpu {
 
 enum Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// One product. A row of x is multiplied by `row_factor`, a power of two, and its results by the inverse.
+// One product, y = x · Wᵀ, or y = x · W of a transposed kernel. A row of x is multiplied by `row_factor`, a
+// power of two, and its results by the inverse.
 struct Problem {
-  // Activation [m, k] in `dtype`, rows `x_stride` elements apart; result [m, n], contiguous.
+  // Activation [m, x_columns] in `dtype`, rows `x_stride` elements apart; result [m, y_columns], contiguous.
   const void* x;
   void* y;
   int64_t x_stride;
   int32_t dtype;
   int64_t m, n, k;
+  int64_t x_columns, y_columns;  // k and n; n and k of a transposed kernel
 
   // [n] in `bias_dtype`, added to the rounded results; or null.
   const void* bias;
@@ -34,7 +36,12 @@ struct Problem {
   int64_t padded_n, padded_k;
   int32_t group_size;
 
-  // A step is the part of a group over which codes are summed before scale and zero are applied.
+  // Columns of y are cut into blocks: the rows of a block of the layout, or columns of one group of W.
+  int32_t block_columns;
+  int64_t blocks;
+
+  // A step is the part of a group over which codes are summed before scale and zero are applied. For a
+  // transposed kernel it is the rows of a block of the layout.
   int32_t step;
   int64_t steps;
 
@@ -59,8 +66,9 @@ struct Task {
 
 struct Kernel {
   const char* name;
+  bool transposed = false;
   int32_t block_rows;      // of the layout that it reads
-  int32_t max_step;
+  int32_t max_step;        // of a transposed kernel: the most columns of a block
   int32_t element_bytes;   // of the packed activation
   int32_t record_bytes;
   int32_t row_multiple;    // packed_rows is a multiple of it; rows beyond m are zero
@@ -82,6 +90,8 @@ struct Kernel {
 // and a block take 132 KiB of the stack, which a second-level cache holds beside the expanded block.
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
+// Of a transposed kernel.
+constexpr int32_t kMaxBlockColumns = 128;
 
 // Bytes of the weight that are asked for ahead of time; they may lie beyond its end. A 4096 x 4096
 // weight, one row, medians on 2 cores of an EPYC 9004: 2 KiB into the first cache 0.344 ms, 4 KiB and
@@ -98,8 +108,8 @@ constexpr int32_t kChunkedTaskRows = 240;
 static_assert(2 * kChunkedTaskRows <= kMaxTaskRows);
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
-// contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); bias null, or [n] contiguous in
-// `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from
+// contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); of a transposed kernel, y = x · W, x is
+// [m, n] and y [m, k]. The bias null, or [n] contiguous in `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from
 // one group to the next; of a single group it says nothing.
 // One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
 struct Call {
@@ -124,6 +134,10 @@ extern const Kernel kInt16Avx512;
 extern const Kernel kInt16Avx512Vnni;
 extern const Kernel kInt16Vbmi;
 extern const Kernel kInt8Amx;
+extern const Kernel kTransposedAvx2;
+extern const Kernel kTransposedAvx512;
+extern const Kernel kTransposedAvx512Bf16;
+extern const Kernel kTransposedAmx;
 
 }  // namespace int4cpu
 

@@ -25,6 +25,15 @@ struct Vec256 {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
+  // to[i] += the sum of the lanes of acc[i].
+  static void add_lanes(const Vec (&acc)[2], float* to) {
+    const Vec ab = add(_mm256_unpacklo_ps(acc[0], acc[1]), _mm256_unpackhi_ps(acc[0], acc[1]));
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(ab), _mm256_extractf128_ps(ab, 1));
+    const __m128 sums = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    const __m128 old = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(to)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_castps_si128(_mm_add_ps(old, sums)));
+  }
+
   // Pairs of bfloat16 to their low and high halves.
   static void split(Vec pairs, Vec& low, Vec& high) {
     const __m256i both = _mm256_castps_si256(pairs);

@@ -28,6 +28,20 @@ struct Vec512 {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
 
+  // to[i] += the sum of the lanes of acc[i].
+  static void add_lanes(const Vec (&acc)[4], float* to) {
+    const Vec ab = add(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
+    const Vec cd = add(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
+    const __m512d even = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d odd = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const Vec all = add(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));  // four sums of each, in each quarter
+    const __m512d wide = _mm512_castps_pd(all);
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                   _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+  }
+
   // Pairs of bfloat16 to their low and high halves.
   static void split(Vec pairs, Vec& low, Vec& high) {
     const __m512i both = _mm512_castps_si512(pairs);

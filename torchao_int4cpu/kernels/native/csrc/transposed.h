@@ -1,0 +1,346 @@
+// Products from the other side, y = x · W: gradients of activations, and `x @ w`.
+//
+// Sums go over the rows of W, each of which has a scale of its own in a group of columns, so scales meet x:
+//
+//     y[c] = sum over n of (code[n, c] - 8) * a[n]  +  sum over n of x[n] * zero[n],   a[n] = scale[n] * x[n]
+//
+// Codes of a column lie together. Lanes are rows of W, in the order of memory for x and W alike, and nothing
+// is transposed: only at the end of a chunk of rows the lanes of a sum are added up. `a` is rounded to the
+// element type of `Isa`; sums are float32. A row of x gives the same bits beside any number of others.
+#pragma once
+
+#include "gemm.h"
+
+namespace {
+
+// `Isa::Expander` turns the bytes of a column of a block into kVectors operands, and `Isa::place`
+// puts a block of `a` into the same order.
+template <class Isa>
+struct Transposed {
+  using Base = Blocks<Isa>;
+  using Vec = typename Isa::Vec;
+  using Operand = typename Isa::Operand;
+  using Element = typename Isa::Element;
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kBlock = Base::kBlock;
+  static constexpr int kElements = kLanes * Isa::kDepth;  // of an operand
+  static constexpr int kVectors = kBlock / kElements;
+  static constexpr int kRows = Isa::kTileRows;        // of x that are multiplied together
+  static constexpr int kColumns = Isa::kTileColumns;  // of W
+  static constexpr int kFusedRows = Isa::kFusedRows;  // of x, if the columns stay in registers
+  static constexpr int kChunk = Isa::kChunk;  // rows of W
+  static constexpr int kTiles = (Isa::kTaskRows + kRows - 1) / kRows;
+  // Of the rows of x of a task, times the scales of a group: [tile][vector][row of a tile].
+  using Scaled = Element[kTiles][kChunk * kRows];
+
+  // The rows of W of one block in one group.
+  struct QParams {
+    Vec scale[4], zero[4];
+  };
+
+  static QParams qparams(const Problem& p, int64_t group, int64_t first, int64_t count) {
+    const uint32_t* pairs = p.scale_and_zero + group * p.qparams_stride + first;
+    alignas(64) uint32_t known[kBlock] = {};  // what pads W is not to be multiplied, not even by 0
+    if (count < kBlock) {
+      memcpy(known, pairs, sizeof(uint32_t) * count);
+      pairs = known;
+    }
+    QParams q;
+    for (int v = 0; v < 4; ++v) {
+      const Vec both = Isa::load(reinterpret_cast<const float*>(pairs) + v * kLanes);
+      if (p.qparams_dtype == int4cpu::kFloat16) {
+        Isa::split_float16(both, q.scale[v], q.zero[v]);
+      } else {
+        Isa::split(both, q.scale[v], q.zero[v]);
+      }
+    }
+    return q;
+  }
+
+  static void take_qparams(const Problem& p, const Task& t, QParams* q) {
+    const int64_t group = t.block * p.block_columns / p.group_size;
+    for (int64_t s = t.step; s < t.step_end; ++s, ++q) {
+      const int64_t first = s * kBlock, left = p.n - first;
+      *q = qparams(p, group, first, left < kBlock ? left : kBlock);
+      // The next task of this thread is most often the next group.
+      const uint32_t* next = p.scale_and_zero + (group + 1) * p.qparams_stride + first;
+      for (int at = 0; at < kBlock; at += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + at), _MM_HINT_T1);
+      }
+    }
+  }
+
+  // Fills `a` for a row, and returns the sum of x * zero.
+  static float scale_row(const Problem& p, const Task& t, int64_t row, const QParams* q, Element* a) {
+    Vec zeros[4];  // so that no addition waits for the one before it
+    for (Vec& part : zeros) part = Isa::splat(0.0F);
+    int64_t s = t.step;
+    const int64_t itemsize = Base::size_of(p.dtype);
+    const char* from = static_cast<const char*>(p.x) + row * p.x_stride * itemsize;
+    const auto scale = [&](int64_t end, const auto& place, const auto& load) {
+      for (; s < end; ++s, ++q, a += kVectors * kRows * kElements) {
+        Vec scaled[4];
+        for (int64_t at = 0; at < kBlock * itemsize; at += 64) {
+          _mm_prefetch(from + s * kBlock * itemsize + p.x_stride * itemsize + at, _MM_HINT_T1);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const Vec x = load(s * kBlock + v * kLanes);
+          zeros[v] = Isa::fma(x, q->zero[v], zeros[v]);
+          scaled[v] = Isa::multiply(x, q->scale[v]);
+        }
+        place(scaled, a);
+      }
+    };
+    const float factor = p.row_factor[row];
+    const int64_t known = p.n / kBlock < t.step_end ? p.n / kBlock : t.step_end;
+    if (factor == 1.0F && p.dtype == int4cpu::kBFloat16) {
+      scale(known, place, [&](int64_t n) { return Isa::from_bfloat16(from + 2 * n); });
+    } else if (factor == 1.0F && p.dtype == int4cpu::kFloat32) {
+      scale(known, place,
+            [&](int64_t n) { return Isa::load(reinterpret_cast<const float*>(from) + n); });
+    }
+    const auto load = [&](int64_t n) {
+      return Isa::multiply(Base::load_x(p, row, n), Isa::splat(factor));
+    };
+    scale(p.padded_n / kBlock < t.step_end ? p.padded_n / kBlock : t.step_end, place, load);
+    scale(t.step_end, place_short, load);
+    Vec parts[16 / kLanes] = {Isa::add(Isa::add(zeros[0], zeros[1]), Isa::add(zeros[2], zeros[3]))};
+    for (int i = 1; i < 16 / kLanes; ++i) parts[i] = Isa::splat(0.0F);
+    return Isa::total(parts);
+  }
+
+  static void place(const Vec (&scaled)[4], Element* to) { Isa::place(scaled, to, kRows * kElements); }
+
+  // A byte of a short block holds neighbouring rows.
+  static void place_short(const Vec (&scaled)[4], Element* to) {
+    alignas(64) float in_order[kBlock], as_whole[kBlock];
+    for (int v = 0; v < 4; ++v) Isa::store(in_order + v * kLanes, scaled[v]);
+    for (int i = 0; i < kBlock; ++i) as_whole[i % 2 * (kBlock / 2) + i / 2] = in_order[i];
+    const Vec moved[4] = {Isa::load(as_whole), Isa::load(as_whole + kLanes),
+                          Isa::load(as_whole + 2 * kLanes), Isa::load(as_whole + 3 * kLanes)};
+    place(moved, to);
+  }
+
+  // totals[row][column] += the sums of the lanes of acc.
+  template <int Rows>
+  static inline __attribute__((always_inline)) void add_up(const Vec (&acc)[Rows][kColumns],
+                                                           float* totals, int32_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) Isa::add_lanes(acc[r], totals + r * stride);
+  }
+
+  template <int Rows>
+  static inline __attribute__((always_inline)) void clear(Vec (&acc)[Rows][kColumns]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = Isa::splat(0.0F);
+    }
+  }
+
+  // Columns of W that few rows are multiplied with together: enough sums for an instruction not to wait for
+  // the one before it.
+  template <int Rows>
+  static constexpr int kFusedColumns = Rows < kFusedRows ? 2 * kColumns : kColumns;
+
+  // `Rows` rows times some columns, from `column` on, of the blocks of a task, expanded in registers.
+  template <int Rows>
+  __attribute__((noinline)) static void fused(const Problem& p, const Task& t, int64_t column,
+                                              const Element* a, float* totals) {
+    constexpr int kParts = kFusedColumns<Rows> / kColumns;
+    Vec acc[kParts][Rows][kColumns];
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) clear<Rows>(acc[i]);
+    for_each_block(p, t, [&](const uint8_t* bytes, int64_t column_bytes, const auto& expand) {
+      bytes += column * column_bytes;
+      prefetch<kFusedColumns<Rows>>(bytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kParts; ++i) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c, bytes += column_bytes) {
+          Operand w[kVectors];
+          expand(bytes, w);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) {
+              const Operand x = Isa::load_operand(a + (v * kRows + r) * kElements);
+              acc[i][r][c] = Isa::dot(acc[i][r][c], x, w[v]);
+            }
+          }
+        }
+      }
+      a += kVectors * kRows * kElements;
+    });
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) add_up<Rows>(acc[i], totals + i * kColumns, p.block_columns);
+  }
+
+  // Calls body(bytes of column 0, bytes of a column, expander) for the blocks of a task.
+  template <class Body>
+  static inline __attribute__((always_inline)) void for_each_block(const Problem& p, const Task& t,
+                                                                   const Body& body) {
+    const typename Isa::ColumnExpander expand(true, kBlock / 2);
+    const int64_t block_bytes = p.padded_k / 2 * kBlock;
+    const uint8_t* bytes = p.qdata + t.step * block_bytes;
+    const int64_t whole = p.padded_n / kBlock;
+    const int64_t end = whole < t.step_end ? whole : t.step_end;
+    for (int64_t s = t.step; s < end; ++s, bytes += block_bytes) body(bytes, int64_t{kBlock / 2}, expand);
+    if (end < t.step_end) {
+      const int32_t column_bytes = static_cast<int32_t>(p.padded_n % kBlock) / 2;
+      body(bytes, int64_t{column_bytes}, typename Isa::ColumnExpander(false, column_bytes));
+    }
+  }
+
+  // Of each of the blocks of a chunk: as many bytes as a first-level cache has room for.
+  template <int Columns>
+  static inline __attribute__((always_inline)) void prefetch(const uint8_t* bytes) {
+    constexpr int kAhead = 512;
+    for (int at = 0; at < Columns * kBlock / 2; at += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes) + kAhead + at, _MM_HINT_T1);
+    }
+  }
+
+  // kColumns columns of the blocks of a task: [block][vector][column].
+  static void expand_columns(const Problem& p, const Task& t, int64_t column, Operand* panel) {
+    for_each_block(p, t, [&](const uint8_t* bytes, int64_t column_bytes, const auto& expand) {
+      bytes += column * column_bytes;
+      prefetch<kColumns>(bytes);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c, bytes += column_bytes) {
+        Operand w[kVectors];
+        expand(bytes, w);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) panel[v * kColumns + c] = w[v];
+      }
+      panel += kVectors * kColumns;
+    });
+  }
+
+  template <int Rows>
+  __attribute__((noinline)) static void multiply_tile(const Operand* panel, int64_t vectors, const Element* a,
+                                             float* totals, int32_t stride) {
+    Vec acc[Rows][kColumns];
+    clear<Rows>(acc);
+    for (int64_t i = 0; i < vectors; ++i, panel += kColumns, a += kRows * kElements) {
+      Operand w[kColumns];
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) w[c] = panel[c];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Operand x = Isa::load_operand(a + r * kElements);
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) acc[r][c] = Isa::dot(acc[r][c], x, w[c]);
+      }
+    }
+    add_up<Rows>(acc, totals, stride);
+  }
+
+  // Calls body(tile, first row, rows) for runs of at most `most` rows, as equal as can be.
+  template <class Body>
+  static void for_each_tile(int64_t rows, int most, const Body& body) {
+    const int64_t tiles = (rows + most - 1) / most;
+    for (int64_t i = 0; i < tiles; ++i) body(i, rows * i / tiles, rows * (i + 1) / tiles - rows * i / tiles);
+  }
+
+  // Fills `a` of tiles of at most `most` rows, and totals with the sums of x * zero.
+  static void scale_rows(const Problem& p, const Task& t, int most, Scaled& a, float* totals) {
+    QParams q[kChunk / kBlock];
+    take_qparams(p, t, q);
+    for_each_tile(t.row_end - t.row, most, [&](int64_t tile, int64_t first, int64_t count) {
+      for (int64_t r = 0; r < count; ++r) {
+        const float zero = scale_row(p, t, t.row + first + r, q, a[tile] + r * kElements);
+        for (int32_t c = 0; c < p.block_columns; ++c) *totals++ = zero;
+      }
+    });
+  }
+
+  static void multiply(const Problem& p, const Task& t, float* totals) {
+    const int64_t rows = t.row_end - t.row;
+    const int32_t columns = p.block_columns;
+    const int64_t first_column = t.block * columns;
+    const bool few = rows <= Isa::kMostFused;
+    alignas(64) Scaled a;
+    scale_rows(p, t, few ? kFusedRows : kRows, a, totals);
+    if (few) {
+      constexpr int32_t kTogether = 2 * kColumns;
+      for (int32_t c = 0; c < columns; c += kTogether) {
+        for_each_tile(rows, kFusedRows, [&](int64_t tile, int64_t first, int64_t count) {
+          with_rows<kFusedRows>(count, [&]<int Rows>() {
+            for (int32_t i = 0; i < kTogether; i += kFusedColumns<Rows>) {
+              fused<Rows>(p, t, first_column + c + i, a[tile], totals + first * columns + c + i);
+            }
+          });
+        });
+      }
+      return;
+    }
+    const int64_t vectors = (t.step_end - t.step) * kVectors;
+    alignas(64) Operand panel[kChunk / kElements * kColumns];
+    for (int32_t c = 0; c < columns; c += kColumns) {
+      expand_columns(p, t, first_column + c, panel);
+      for_each_tile(rows, kRows, [&](int64_t tile, int64_t first, int64_t count) {
+        with_rows<kRows>(count, [&]<int Rows>() {
+          multiply_tile<Rows>(panel, vectors, a[tile], totals + first * columns + c, columns);
+        });
+      });
+    }
+  }
+
+  // Nothing is packed before the tasks: `a` depends on the group.
+  static void find_factors(const Problem& p, int64_t row, int64_t row_end) {
+    for (; row < row_end; ++row) {
+      Vec largest = Isa::splat(0.0F);
+      for (int64_t n = 0; n < p.n; n += kLanes) {
+        largest = Isa::larger_magnitude(largest, Base::load_x(p, row, n));
+      }
+      p.row_factor[row] = row_factor_for(from_bits(Isa::largest_lane_bits(largest)));
+    }
+  }
+
+  static void store(const Problem& p, const Task& t, const float* totals) {
+    constexpr int kTogether = 32;  // the fewest columns of a block
+    const int64_t first = t.block * p.block_columns;
+    const int64_t left = p.k - first;
+    for (int64_t row = t.row; row < t.row_end; ++row, totals += p.block_columns) {
+      const Vec back = Isa::splat(1.0F / p.row_factor[row]);
+      for (int64_t c = 0; c < p.block_columns && c < left; c += kTogether) {
+        alignas(64) float y[kTogether];
+        for (int i = 0; i < kTogether; i += kLanes) {
+          Isa::store(y + i, Isa::multiply(Isa::load(totals + c + i), back));
+        }
+        const int64_t at = row * p.k + first + c;
+        if (left - c >= kTogether) {
+          Base::template store_some<kTogether>(p, at, y, kTogether);
+        } else {
+          Base::template store_some<kTogether>(p, at, y, left - c);
+        }
+      }
+    }
+  }
+};
+
+template <class Isa>
+constexpr int4cpu::Kernel transposed_kernel(const char* name) {
+  using Here = Transposed<Isa>;
+  return {
+      .name = name,
+      .transposed = true,
+      .block_rows = Here::kBlock,
+      .max_step = int4cpu::kMaxBlockColumns,
+      .element_bytes = 0,
+      .record_bytes = 0,
+      .row_multiple = 1,
+      .task_rows = Isa::kTaskRows,
+      .tile_rows = Here::kRows,
+      .chunk_columns = Here::kChunk,
+      .least_rows = 1,
+      .pack_rows = &Here::find_factors,
+      .multiply = &Here::multiply,
+      .store = &Here::store,
+      .spin = &Gemm<Isa>::spin,
+  };
+}
+
+}  // namespace
