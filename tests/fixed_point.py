@@ -1,9 +1,11 @@
 """The readable twin of the kernels of integers: the same arithmetic in plain torch, bit for bit.
 
-See csrc/int16.h, which says why. Slow: it is a loop over groups on whole matrices of integers.
+See csrc/fixed_point.h, int16.h and int8.h, which say why. Slow: it loops over groups.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +15,35 @@ from torchao_int4cpu.format.groupwise import CODE_OFFSET
 from torchao_int4cpu.format.layout import unpack
 from torchao_int4cpu.format.packed import PackedInt4
 
-MOST_Q = 32639
 OUTLIERS = 4
-OUTLIER_RATIO = 64
 CHUNK_COLUMNS = 1024
 
 
-def outliers(group: Tensor) -> Tensor:
+class Fixed(NamedTuple):
+    """How a group is rounded: to 16 bits (the default), or to 8.
+
+    Attributes:
+        most: of the integers.
+        ratio: of an outlier to the mean of the others.
+        power: whether the unit is a power of two.
+        leaves: whether rows with more than `OUTLIERS` in a group are left to another kernel.
+    """
+
+    most: int
+    ratio: int
+    power: bool
+    leaves: bool
+
+
+FIXED_16 = Fixed(32639, 64, power=True, leaves=True)
+FIXED_8 = Fixed(127, 12, power=False, leaves=False)
+
+
+def outliers(group: Tensor, fixed: Fixed = FIXED_16) -> Tensor:
     """Which numbers of each group ``[..., columns]`` are outliers. True everywhere: too many.
 
-    The largest c <= 5 such that the c-th of the magnitudes in falling order is more than 64 times the
-    mean of those after it that are not 0; five are too many.
+    The largest c <= 5 such that the c-th of the magnitudes in falling order is more than ``ratio``
+    times the mean of those after it that are not 0. Five are too many: 8 bits take the first four.
     """
     magnitude = group.abs().double()
     order = magnitude.sort(dim=-1, descending=True, stable=True)
@@ -31,18 +51,22 @@ def outliers(group: Tensor) -> Tensor:
     taken = torch.zeros_like(count)
     for c in range(1, OUTLIERS + 2):
         rest = order.values[..., c:].sum(dim=-1)
-        found = (count > c) & (order.values[..., c - 1] * (count - c) > OUTLIER_RATIO * rest)
+        found = (count > c) & (order.values[..., c - 1] * (count - c) > fixed.ratio * rest)
         taken = torch.where(found, c, taken)
     rank = order.indices.argsort(dim=-1)
+    if not fixed.leaves:
+        return rank < taken.clamp(max=OUTLIERS)[..., None]
     return (rank < taken[..., None]) | (taken > OUTLIERS)[..., None]
 
 
-def unit_of(largest: Tensor) -> Tensor:
-    """The power of two by which numbers up to ``largest`` are at most `MOST_Q`."""
+def unit_of(largest: Tensor, fixed: Fixed = FIXED_16) -> Tensor:
+    """The unit by which numbers up to ``largest`` are at most ``most``."""
+    if not fixed.power:
+        return largest.clamp(min=2.0**-112) / fixed.most
     exponent = torch.frexp(largest).exponent - 1
     exponent = torch.where(largest == 0, -112, exponent).clamp(min=-112)
     unit = torch.ldexp(torch.ones_like(largest), exponent - 14)
-    return torch.where(largest / unit > MOST_Q, unit * 2, unit)
+    return torch.where(largest / unit > fixed.most, unit * 2, unit)
 
 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -60,7 +84,18 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(even & (error != 0), beyond, total).float()
 
 
-def fixed_point_mm(x: Tensor, weight: PackedInt4) -> Tensor:
+def int8_slack(x: Tensor, weight: PackedInt4) -> Tensor:
+    """What 8 bits may be off by, float64 ``[M, N]``: sum of half a unit times (8 |scale| + |zero|)."""
+    groups, size = weight.scale_and_zero.shape[0], weight.group_size
+    rows = F.pad(x.float(), (0, groups * size - weight.k)).view(len(x), groups, size)
+    out = outliers(rows, FIXED_8)
+    unit = unit_of(rows.masked_fill(out, 0.0).abs().amax(dim=-1, keepdim=True), FIXED_8)
+    off = (unit.double() * 0.501).expand(rows.shape).masked_fill(out, 0.0).sum(dim=-1)
+    scale, zero = weight.scale_and_zero.double().abs().unbind(dim=-1)
+    return (off @ (8 * scale + zero))[:, : weight.n]
+
+
+def fixed_point_mm(x: Tensor, weight: PackedInt4, fixed: Fixed = FIXED_16) -> Tensor:
     """``x · Wᵀ`` as the kernels of integers compute it, of finite rows of common size.
 
     ``[M, N]`` in the dtype of x. Rows with a group of too many outliers are NaN: these are for the
@@ -68,11 +103,11 @@ def fixed_point_mm(x: Tensor, weight: PackedInt4) -> Tensor:
     """
     m, groups, size = x.shape[0], weight.scale_and_zero.shape[0], weight.group_size
     rows = F.pad(x.float(), (0, groups * size - weight.k)).view(m, groups, size)
-    out = outliers(rows)
+    out = outliers(rows, fixed)
     left = out.all(dim=-1).any(dim=-1)
     kept = rows.masked_fill(out, 0.0)
-    unit = unit_of(kept.abs().amax(dim=-1))
-    q = (kept / unit[..., None]).round()
+    unit = unit_of(kept.abs().amax(dim=-1), fixed)
+    q = (kept * (1 / unit)[..., None]).round()
     q_sum = q.sum(dim=-1)  # at most 2^23, so exact
     codes = unpack(weight.qdata, weight.layout).view(-1, groups, size).double() - CODE_OFFSET
     scale, zero = weight.scale_and_zero.float().unbind(dim=-1)

@@ -15,7 +15,12 @@ from torch import Tensor
 from tests.numerics import packed_in, random_groupwise
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels.native.build import EMULATE_AMX, BuildError, compile_library
-from torchao_int4cpu.kernels.native.library import NativeLibrary, Unavailable, layout_of
+from torchao_int4cpu.kernels.native.library import (
+    DYNAMIC_KERNELS,
+    NativeLibrary,
+    Unavailable,
+    layout_of,
+)
 from torchao_int4cpu.kernels.selection import LIBRARY, native_unavailable
 
 #: A library to test instead of the installed one: how test_sanitizers runs these tests again.
@@ -74,6 +79,19 @@ def variant_of(name: str) -> Variant:
     if name not in libraries:
         pytest.skip(f"kernel {name} cannot run here: {native_unavailable() or 'the CPU'}")
     return Variant(name, libraries[name])
+
+
+def whole_numbers(variant: Variant, m: int, k: int) -> Tensor:
+    """float32 ``[m, k]`` that the kernel rounds nowhere.
+
+    One with activations in 8 bits holds whole numbers as they are where the largest of each group is
+    127, and none is an outlier.
+    """
+    if variant.name not in DYNAMIC_KERNELS:
+        return torch.randint(-3, 4, (m, k)).float()
+    x = torch.randint(64, 128, (m, k)) * (torch.randint(0, 2, (m, k)) * 2 - 1)
+    x[:, ::16] = 127
+    return x.float()
 
 
 def integers(variant: Variant, n: int, k: int, group_size: int) -> PackedInt4:

@@ -17,7 +17,7 @@ from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import INTEGER_KERNELS, TRANSPOSED_KERNELS
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, INTEGER_KERNELS, TRANSPOSED_KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -245,10 +245,13 @@ def test_every_kernel_that_may_be_asked_for_leaves_few_rows_to_these() -> None:
             if name in ("avx2", "avx512"):  # asked for only where all of integers fail
                 assert set(few) == {name}
                 continue
+            if name in DYNAMIC_KERNELS:
+                assert library.kernel_for(name, 17, group_size) == name
             assert set(few) <= set(INTEGER_KERNELS)
             tiles = [m for m, kernel in zip(ROWS, few) if kernel == "int8_amx"]
             if name != "int8_amx":
-                assert tiles == ([*range(5, 17)] if name == "amx" and group_size >= 64 else [])
+                has_tiles = name in ("amx", "dynamic_amx") and group_size >= 64
+                assert tiles == ([*range(5, 17)] if has_tiles else [])
             assert library.kernel_for(name, 1000, group_size) == name
 
 

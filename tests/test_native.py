@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tests.native_variants import Variant, integers, variant_of
+from tests.fixed_point import int8_slack
+from tests.native_variants import Variant, integers, variant_of, whole_numbers
 from tests.numerics import assert_product, packed_in, random_groupwise
 from tests.processes import run_child
 from tests.test_kernels import apart
 from torchao_int4cpu import native_layout
-from torchao_int4cpu.format.packed import int4_mm_reference
-from torchao_int4cpu.kernels.native.library import KERNELS
+from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNELS
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.portable.prefill import prefill
 
@@ -26,6 +29,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.fixture(scope="session", params=KERNELS)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
+
+
+def check_product(variant: Variant, y: Tensor, x: Tensor, weight: PackedInt4) -> None:
+    """The derived bound, with what 8 bits round where the kernel is one of those."""
+    rounds = variant.name in DYNAMIC_KERNELS and len(x) > 16
+    assert_product(y, x, weight, slack=int8_slack(x, weight) if rounds else 0.0)
 
 
 # --- numbers ------------------------------------------------------------------------------------
@@ -43,7 +52,7 @@ def test_products_are_within_the_bound(
     weight = variant.random(n, k, group_size)
     for m in ROWS:
         x = torch.randn(m, k).to(dtype)
-        assert_product(variant.mm(x, weight), x, weight)
+        check_product(variant, variant.mm(x, weight), x, weight)
 
 
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
@@ -105,7 +114,7 @@ def test_any_shape_and_strides(
     }[strides]()
     y = variant.mm(x, weight)
     assert y.is_contiguous()
-    assert_product(y, x, weight)
+    check_product(variant, y, x, weight)
 
 
 @pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
@@ -113,7 +122,7 @@ def test_integers_come_out_exact(variant: Variant, n: int, k: int, group_size: i
     """Every code, group and row is where it belongs: one that is not changes a sum."""
     weight = integers(variant, n, k, group_size)
     for m in ROWS:
-        x = torch.randint(-3, 4, (m, k)).float()
+        x = whole_numbers(variant, m, k)
         assert torch.equal(variant.mm(x, weight).double(), int4_mm_reference(x, weight))
 
 
@@ -125,7 +134,7 @@ def test_products_cut_along_k_and_rows_are_exact(variant: Variant) -> None:
         torch.set_num_threads(64)
         assert variant.library.plan(variant.name, 1, 80, 4096, 32, 64)[3] > 1
         for m in (1, 40, 200):
-            x = torch.randint(-3, 4, (m, 4096)).float()
+            x = whole_numbers(variant, m, 4096)
             assert torch.equal(variant.mm(x, weight).double(), int4_mm_reference(x, weight))
     finally:
         torch.set_num_threads(threads)
@@ -134,7 +143,7 @@ def test_products_cut_along_k_and_rows_are_exact(variant: Variant) -> None:
 def test_more_rows_than_are_packed_at_once(variant: Variant) -> None:
     """16 MiB of packed rows: 1024 of K = 8192 in bfloat16, 528 in float32."""
     weight = integers(variant, 20, 8192, 256)
-    x = torch.randint(-3, 4, (1100, 8192)).float()
+    x = whole_numbers(variant, 1100, 8192)
     assert torch.equal(variant.mm(x, weight).double(), int4_mm_reference(x, weight))
 
 
@@ -149,7 +158,7 @@ def test_special_activations(variant: Variant, value: float, dtype: torch.dtype)
     for m in (2, 80):
         x = torch.full((m, 64), max(-largest, min(largest, value)), dtype=dtype)
         x[1::2] *= torch.linspace(-1, 1, 64).to(dtype)
-        assert_product(variant.mm(x, weight), x, weight)
+        check_product(variant, variant.mm(x, weight), x, weight)
 
 
 def test_huge_and_tiny_rows_do_not_disturb_each_other(variant: Variant) -> None:
@@ -157,7 +166,7 @@ def test_huge_and_tiny_rows_do_not_disturb_each_other(variant: Variant) -> None:
     x = torch.randn(90, 300)
     x[::3] *= 1e-36
     x[1::3] *= 1e33
-    assert_product(variant.mm(x, weight), x, weight)
+    check_product(variant, variant.mm(x, weight), x, weight)
 
 
 @dtypes
@@ -193,6 +202,8 @@ def test_at_least_as_accurate_as_pytorchs_op(variant: Variant, dtype: torch.dtyp
     """Root mean square of the error over many shapes; 1% for which way results happen to round."""
     if native_layout() != variant.layout:
         pytest.skip(f"PyTorch's op does not read layout {variant.layout.name} here")
+    if variant.name in DYNAMIC_KERNELS:
+        pytest.skip(f"{variant.name} rounds more, for those who ask for it")
     ours = op = 0.0
     for n, k, group_size in [(256, 512, 32), (200, 1024, 64), (333, 768, 128), (128, 2048, 256)]:
         weight = variant.random(n, k, group_size)
@@ -216,7 +227,7 @@ def test_the_bound_sees_one_wrong_code(variant: Variant) -> None:
         weight._replace(scale_and_zero=weight.scale_and_zero.roll(1, dims=1).contiguous()),
     ):
         with pytest.raises(AssertionError, match="of the bound"):
-            assert_product(y, x, wrong)
+            check_product(variant, y, x, wrong)
 
 
 def test_activations_whose_memory_is_not_their_numbers(variant: Variant) -> None:
@@ -224,7 +235,7 @@ def test_activations_whose_memory_is_not_their_numbers(variant: Variant) -> None
     weight = variant.random(40, 64, 32)
     negative = torch.randn(2, 64, dtype=torch.complex64).conj().imag
     assert negative.is_neg()
-    assert_product(variant.mm(negative, weight), negative.clone(), weight)
+    check_product(variant, variant.mm(negative, weight), negative.clone(), weight)
     zeros = torch._efficientzerotensor(2, 64)
     assert torch.equal(variant.mm(zeros, weight), torch.zeros(2, 40))
 
@@ -256,7 +267,7 @@ def test_unaligned_buffers(variant: Variant) -> None:
         raw = torch.empty(part.nbytes + 2, dtype=torch.uint8)
         raw[2:].copy_(part.view(torch.uint8).flatten())
         shifted.append(raw[2:].view(part.dtype).view(part.shape))
-    x = torch.randint(-3, 4, (80, 131)).float()[:, 1:]
+    x = F.pad(whole_numbers(variant, 80, 130), (1, 0))[:, 1:]
     expected = int4_mm_reference(x, weight)
     y = variant.mm(x, weight._replace(qdata=shifted[0], scale_and_zero=shifted[1]))
     assert torch.equal(y.double(), expected)

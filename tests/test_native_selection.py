@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from torchao_int4cpu import get_kernel, native_layout, set_kernel
 from torchao_int4cpu.format.packed import PackedInt4
 from torchao_int4cpu.kernels import selection as choice
 from torchao_int4cpu.kernels.native.library import (
+    DYNAMIC_KERNELS,
+    DYNAMIC_KERNELS_OF_LAYOUT,
     INTEGER_KERNELS,
     KERNELS,
     KERNELS_OF_LAYOUT,
@@ -115,12 +118,15 @@ def test_kernels_keep_to_pytorchs_capability() -> None:
 
 
 def test_every_kernel_is_of_one_layout() -> None:
-    assert {name for names in KERNELS_OF_LAYOUT.values() for name in names} == set(KERNELS) - {
-        "int8_amx"
-    }
+    exact = {name for names in KERNELS_OF_LAYOUT.values() for name in names}
+    dynamic = {name for names in DYNAMIC_KERNELS_OF_LAYOUT.values() for name in names}
+    assert dynamic == set(DYNAMIC_KERNELS)
+    assert exact | dynamic == set(KERNELS) - {"int8_amx"}
+    assert not exact & dynamic
     transposed = TRANSPOSED_KERNELS_OF_LAYOUT
     assert {name for names in transposed.values() for name in names} == set(TRANSPOSED_KERNELS)
-    for layout, names in [*KERNELS_OF_LAYOUT.items(), *transposed.items()]:
+    tables = (KERNELS_OF_LAYOUT, DYNAMIC_KERNELS_OF_LAYOUT, transposed)
+    for layout, names in itertools.chain(*(table.items() for table in tables)):
         assert all(layout_of(name).name == layout for name in names)
 
 

@@ -19,6 +19,7 @@ def test_public_names() -> None:
         "SUPPORTED_OPS",
         "__version__",
         "filter_fn",
+        "get_activations",
         "get_kernel",
         "load_prototype",
         "load_torchao_checkpoint",

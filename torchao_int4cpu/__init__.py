@@ -12,7 +12,7 @@ from torchao_int4cpu.distributed import collectives, ddp, fsdp, shared_memory
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
-from torchao_int4cpu.kernels.selection import get_kernel, set_kernel
+from torchao_int4cpu.kernels.selection import get_activations, get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.quantize.filters import filter_fn
 from torchao_int4cpu.tensor import Int4OpaqueTensor, Int4TransposedTensor
@@ -27,6 +27,7 @@ __all__ = [
     "Int4WeightOnlyConfig",
     "__version__",
     "filter_fn",
+    "get_activations",
     "get_kernel",
     "load_prototype",
     "load_torchao_checkpoint",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.native_variants import Variant, integers
+from tests.native_variants import Variant, integers, whole_numbers
 from torchao_int4cpu.format.packed import int4_mm_reference
 from torchao_int4cpu.kernels.native import library as native_module
 from torchao_int4cpu.kernels.native.library import TRANSPOSED_KERNELS, NativeLibrary
@@ -83,7 +83,7 @@ def main(kernel: str, path: str) -> None:
             dense = dense.t() if transposed else dense
             for m in (1, 3, 7, 20, 80):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                    x = guarded(torch.randint(-1, 2, (m, len(dense))).to(dtype), at_end)
+                    x = guarded(whole_numbers(variant, m, len(dense)).to(dtype), at_end)
                     tensor.new_empty = new_empty  # the result of the product is guarded, too
                     y = multiply(x, weight)
                     tensor.new_empty = empty

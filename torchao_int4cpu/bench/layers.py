@@ -21,7 +21,12 @@ from torchao_int4cpu.bench.timing import TimedCall, interleaved, seconds, select
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.format.packed import int4_mm_reference
-from torchao_int4cpu.kernels.selection import native_kernel, operations_at_best, read_at_best
+from torchao_int4cpu.kernels.selection import (
+    native_kernel,
+    operations_at_best,
+    read_at_best,
+    takes_int8,
+)
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: The least bytes that the distinct weights of one kernel take together: several times any L3 cache.
@@ -48,15 +53,19 @@ class Limits(NamedTuple):
 
     Attributes:
         read_gb_per_s: bytes read from memory, 1e9 a second.
-        gflop_per_s: operations, 1e9 a second, in the arithmetic of our kernel; None if it has none.
+        gflop_per_s: operations, 1e9 a second, in the arithmetic of our kernel, with its operands in
+            registers (tiles of AMX: in the first-level cache); None if there is none.
+        int8_gflop_per_s: the same of the one for activations in 8 bits.
     """
 
     read_gb_per_s: float
     gflop_per_s: float | None
+    int8_gflop_per_s: float | None = None
 
-    def ms(self, moved: int, operations: int) -> float:
+    def ms(self, moved: int, operations: int, activations: str | None = None) -> float:
         """The least milliseconds for a number of bytes and of operations."""
-        arithmetic = operations / self.gflop_per_s if self.gflop_per_s else 0.0
+        rate = self.gflop_per_s if activations is None else self.int8_gflop_per_s
+        arithmetic = operations / rate if rate else 0.0
         return max(moved / self.read_gb_per_s, arithmetic) / 1e6
 
 
@@ -68,8 +77,9 @@ class Row:
         n, k, m: out features, in features, rows of the activation.
         group_size: codes that share a scale and a zero.
         dtype: of the activation.
-        kernel: ``ours``, ``ours aten`` (with ``set_kernel("aten")``), ``ours compiled``, ``aten op``,
-            ``torchao prototype`` or ``bf16 linear``.
+        kernel: ``ours``, ``ours aten`` (with ``set_kernel("aten")``), ``ours int8`` (with
+            ``activations="int8"``, for more rows than those it leaves as they are), ``ours compiled``,
+            ``aten op``, ``torchao prototype`` or ``bf16 linear``.
         ms: median milliseconds of one call.
         limit_ms: the least that `Limits` allow, for the weight's bytes (of the 4-bit weight, or of the
             dense one) and the operations.
@@ -111,12 +121,15 @@ def measure_limits(passes: int = 7) -> Limits:
     data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
     data.sum()
     read = statistics.median(seconds(lambda: data.sum()) for _ in range(passes))
-    operations = operations_at_best(1)
-    peak = None
-    if operations:
-        spin = min(seconds(lambda: operations_at_best(PEAK_ROUNDS)) for _ in range(passes))
-        peak = operations * PEAK_ROUNDS / spin / 1e9
-    return Limits(data.nbytes / read / 1e9, peak)
+    return Limits(data.nbytes / read / 1e9, _peak(None, passes), _peak("int8", passes))
+
+
+def _peak(activations: str | None, passes: int) -> float | None:
+    operations = operations_at_best(1, activations)
+    if not operations:
+        return None
+    spin = min(seconds(lambda: operations_at_best(PEAK_ROUNDS, activations)) for _ in range(passes))
+    return operations * PEAK_ROUNDS / spin / 1e9
 
 
 def run(
@@ -172,7 +185,7 @@ def run(
                     dtype="bfloat16" if dense else str(dtype).removeprefix("torch."),
                     kernel=name,
                     ms=value,
-                    limit_ms=limits.ms(moved, operations),
+                    limit_ms=limits.ms(moved, operations, kernels[name].activations),
                     read_ms=read_ms,
                     weight_gb_per_s=rate,
                     bandwidth_share=rate / limits.read_gb_per_s,
@@ -272,6 +285,8 @@ class _Weights:
         }
         if native_kernel(packed[0].packed().layout) is not None:
             kernels["ours aten"] = kernels["ours"]._replace(selection="aten")
+        if takes_int8(packed[0].packed().layout, len(x)):
+            kernels["ours int8"] = kernels["ours"]._replace(selection="native", activations="int8")
         if prototype:
             upstream = [_prototype(w) for w in packed]
             kernels["torchao prototype"] = TimedCall(lambda i: F.linear(bf16, upstream[i]))

@@ -15,6 +15,7 @@ STYLES = {
     "torchao prototype": ("tab:brown", "torchao's prototype"),
     "ours aten": ("tab:cyan", "this package, set_kernel('aten')"),
     "ours": ("tab:blue", "this package"),
+    "ours int8": ("tab:purple", "this package, activations in 8 bits"),
     "ours compiled": ("tab:green", "this package, torch.compile"),
 }
 

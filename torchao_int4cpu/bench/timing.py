@@ -21,12 +21,13 @@ class TimedCall(NamedTuple):
     """What is timed: ``call(i)`` runs the i-th run of ``layers`` weights.
 
     Attributes:
-        selection: what `set_kernel` is given before; None for what is chosen already.
+        selection, activations: what `set_kernel` is given before; None for what is chosen already.
     """
 
     call: Callable[[int], Any]
     layers: int = 1
     selection: str | None = None
+    activations: str | None = None
 
 
 def interleaved(kernels: dict[str, TimedCall], count: int, passes: int) -> dict[str, float]:
@@ -69,12 +70,10 @@ def selected(kernel: TimedCall) -> Callable[[int], Any]:
     """The call of a kernel, with its selection made before and undone after."""
 
     def call(i: int) -> Any:
-        before = get_kernel()
-        set_kernel(kernel.selection or before)
-        try:
+        if kernel.selection is None and kernel.activations is None:
             return kernel.call(i)
-        finally:
-            set_kernel(before)
+        with set_kernel(kernel.selection or get_kernel(), kernel.activations):
+            return kernel.call(i)
 
     return call
 

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     where = environment() | {"read GB/s": round(limits.read_gb_per_s, 1)}
     if limits.gflop_per_s is not None:
         where["peak GFLOP/s"] = round(limits.gflop_per_s, 1)
+    if limits.int8_gflop_per_s is not None:
+        where["peak GFLOP/s in 8 bits"] = round(limits.int8_gflop_per_s, 1)
     if args.json:
         print(json.dumps(where))
     else:

@@ -8,7 +8,7 @@ import torch
 import torchao
 
 from torchao_int4cpu.format.layout import native_layout
-from torchao_int4cpu.kernels.selection import get_kernel, native_status
+from torchao_int4cpu.kernels.selection import get_activations, get_kernel, native_status
 from torchao_int4cpu.version import __version__
 
 
@@ -25,6 +25,7 @@ def environment() -> dict[str, object]:
         "layout": layout.name if layout else "none: PyTorch's int4 op does not run here",
         "native kernels": native_status(),
         "kernel chosen": get_kernel(),
+        "activations": get_activations() or "as the kernel takes them",
     }
 
 

@@ -50,6 +50,7 @@ INSTRUCTION_SETS = {
     "int16_avx512": _AVX512,
     "int16_vbmi": [*_AVX512, "-mavx512vbmi"],
     "int8_amx": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2"],
+    "dynamic_amx": [*_AVX512, "-mavx512vbmi"],
     "transposed_amx": _BF16,
     "amx": _BF16,  # the tile instructions are written as assembly
 }

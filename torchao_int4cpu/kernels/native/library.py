@@ -37,6 +37,9 @@ LAYOUT_OF_KERNEL = {
     "int16_avx512_vnni": "avx512",
     "int16_vbmi": "avx512",
     "int8_amx": "avx512",
+    "dynamic_avx_vnni": "avx2",
+    "dynamic_avx512_vnni": "avx512",
+    "dynamic_amx": "avx512",
 }
 KERNELS = tuple(LAYOUT_OF_KERNEL)
 
@@ -64,6 +67,15 @@ TRANSPOSED_KERNELS_OF_LAYOUT = {
 
 #: The kernels that compute the same numbers all, whatever the CPU and the number of rows.
 INTEGER_KERNELS = tuple(name for name in KERNELS if name.startswith("int"))
+
+#: The kernels that round x to 8 bits where they do not leave the rows to others, for those who ask for
+#: it; by layout, best first.
+DYNAMIC_KERNELS_OF_LAYOUT = {
+    "avx512": ("dynamic_amx", "dynamic_avx512_vnni"),
+    "avx2": ("dynamic_avx_vnni",),
+    "default": (),
+}
+DYNAMIC_KERNELS = tuple(name for name in KERNELS if name.startswith("dynamic"))
 
 #: Layouts to multiply by where PyTorch's own kernels may use so much (`ATEN_CPU_CAPABILITY` lowers it).
 LAYOUTS_OF_CAPABILITY = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
@@ -229,9 +241,14 @@ class NativeLibrary:
         weight = PackedInt4(pack(codes, layout), scale_and_zero, group_size, layout, n, k)
         transposed = kernel in TRANSPOSED_KERNELS
         columns = n if transposed else k
-        x = torch.arange(97 * columns, device="cpu").remainder(5).sub(2).reshape(97, columns)
-        x = x.to(torch.float32)
-        x[1, ::5] *= 128
+        numbers = torch.arange(97 * columns, device="cpu").reshape(97, columns)
+        if kernel in DYNAMIC_KERNELS:  # 8 bits hold these as they are, but for one outlier
+            x = numbers.remainder(64).add(64).to(torch.float32)
+            x[:, ::3] *= -1
+            x[:, ::16], x[1, 5] = 127, 8000
+        else:
+            x = numbers.remainder(5).sub(2).to(torch.float32)
+            x[1, ::5] *= 128
         dense = codes[:n, :k].to(torch.float32) - (CODE_OFFSET + 3)
         expected = x @ (dense if transposed else dense.t())
         multiply = self.mm_transposed if transposed else self.mm

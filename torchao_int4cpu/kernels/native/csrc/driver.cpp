@@ -30,6 +30,7 @@ enum KernelIndex : int32_t {
   kAvx2, kAvx512, kAvx512Bf16, kAmx,
   kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
   kInt8Amx,
+  kDynamicAvxVnni, kDynamicAvx512Vnni, kDynamicAmx,
   kTransposedAvx2, kTransposedAvx512, kTransposedAvx512Bf16, kTransposedAmx,
   kKernelCount,
 };
@@ -37,7 +38,8 @@ const Kernel* const kKernels[kKernelCount] = {
     &int4cpu::kAvx2,        &int4cpu::kAvx512,          &int4cpu::kAvx512Bf16,
     &int4cpu::kAmx,         &int4cpu::kInt16Avx2,       &int4cpu::kInt16AvxVnni,
     &int4cpu::kInt16Avx512, &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
-    &int4cpu::kInt8Amx,     &int4cpu::kTransposedAvx2,  &int4cpu::kTransposedAvx512,
+    &int4cpu::kInt8Amx,     &int4cpu::kDynamicAvxVnni,  &int4cpu::kDynamicAvx512Vnni,
+    &int4cpu::kDynamicAmx,  &int4cpu::kTransposedAvx2,  &int4cpu::kTransposedAvx512,
     &int4cpu::kTransposedAvx512Bf16, &int4cpu::kTransposedAmx,
 };
 
@@ -88,7 +90,9 @@ uint32_t find_kernels() {
   return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx |
          avx2 << kInt16Avx2 | (avx2 && (leaf7_1a & kAvxVnni)) << kInt16AvxVnni |
          avx512 << kInt16Avx512 | vnni << kInt16Avx512Vnni |
-         (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx | avx2 << kTransposedAvx2 |
+         (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx |
+         (avx2 && (leaf7_1a & kAvxVnni)) << kDynamicAvxVnni | vnni << kDynamicAvx512Vnni |
+         bytes << kDynamicAmx | avx2 << kTransposedAvx2 |
          avx512 << kTransposedAvx512 | bf16 << kTransposedAvx512Bf16 |
          usable << kTransposedAmx;
 }
@@ -469,8 +473,9 @@ EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m, int32_t group_size)
     }
     return kernel;
   };
+  if (kernel == kDynamicAvxVnni) return first_of({kInt16AvxVnni, kInt16Avx2});
   if (kernel == kTransposedAmx) return first_of({kTransposedAvx512Bf16});
-  if (kernel == kAmx && m >= kTileRowsFrom && group_size >= kTileGroupsFrom) {
+  if ((kernel == kAmx || kernel == kDynamicAmx) && m >= kTileRowsFrom && group_size >= kTileGroupsFrom) {
     return first_of({kInt8Amx, kInt16Vbmi});
   }
   return first_of({kInt16Vbmi, kInt16Avx512Vnni, kInt16Avx512});

@@ -1,196 +1,28 @@
 // Products in integers, with x as 16-bit fixed point. The same bits on every instruction set, for every
 // number of rows and threads.
 //
-// In a group of columns x = unit * q, the unit a power of two and |q| <= 32639, so that q splits into two
-// signed bytes as well. Codes are used as they are: sums of (code - 8) * q are exact in 32 bits. Then
+// In a group of columns x = unit * q, and sums of (code - 8) * q are exact in 32 bits. Then
 //
 //     total += scale * (unit * sum of (code - 8) q);  total += zero * (sum of x)
 //
 // in float32, each line one fused multiply-add, groups in their order. Of a byte b = 16 h + l of two codes
 // one mask gives l, and 16 (sum of h q) = (sum of b q) - (sum of l q), exactly: 255 * 32639 * 256 < 2^31.
 //
-// x is rounded by at most half a unit, 1 / 32640 of the largest of its group. An outlier (|x| > 64 times the
-// mean of the other numbers that are not 0) would leave these with few bits. Up to kOutliers of a group
-// are left out of q and added in float32; a row with more is left to the float32 kernel. So what is
-// rounded is at most 64 times the mean, and the rounding at most 1/510 of it, about that of bfloat16.
+// What is rounded, and what becomes of outliers, says `Fixed16`.
 #pragma once
 
-#include "blocks.h"
+#include "fixed_point.h"
 
 namespace {
 
-constexpr int kOutliers = 4;
-constexpr float kOutlierRatio = 64.0F;
-constexpr float kMostQ = 32639.0F;
-
-// A row of x in one group.
-struct Group {
-  float unit;
-  float total;    // sum of x as it is multiplied
-  int32_t start;  // -8 and -136 times the sum of q, where sums of code * q and byte * q begin
-  int32_t start_of_bytes;
-  int32_t count;  // of outliers
-  int32_t column[kOutliers];
-  float value[kOutliers];
-};
-
-// Fills q and the group for `n` numbers of which `largest` is the largest magnitude; returns the sum of |q|.
-inline int32_t quantize(const float* x, int32_t n, uint32_t largest, int16_t* q, Group& group) {
-  int32_t exponent = static_cast<int32_t>(largest >> 23) - 127;
-  exponent = exponent < -112 ? -112 : exponent;  // so that the unit is a normal number
-  uint32_t unit_bits = static_cast<uint32_t>(exponent - 14 + 127) << 23;
-  if (from_bits(largest) / from_bits(unit_bits) > kMostQ) unit_bits += 1U << 23;
-  group.unit = from_bits(unit_bits);
-  const float inverse = 1.0F / group.unit;
-  int32_t sum = 0, magnitudes = 0;
-  for (int32_t i = 0; i < n; ++i) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
-    const float shifted = x[i] * inverse + 0x1.8p23F;
-    int32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    const int32_t value = bits - 0x4B400000;
-    q[i] = static_cast<int16_t>(value);
-    sum += value;
-    magnitudes += value < 0 ? -value : value;
-  }
-  group.start = -8 * sum;
-  group.start_of_bytes = -136 * sum;
-  group.total = static_cast<float>(sum) * group.unit;
-  return magnitudes;
-}
-
-inline int32_t count_nonzero(const float* x, int32_t n) {
-  int32_t count = 0;
-  for (int32_t i = 0; i < n; ++i) count += x[i] != 0.0F;
-  return count;
-}
-
-// Whether there can be outliers at all: |x| > 64 * mean of the others, for one of the first 5 in falling
-// order, needs largest * (count + 315) > 64 * sum. The 5 more make up for the rounding of q.
-inline bool may_have_outliers(const float* x, int32_t n, uint32_t largest, int32_t magnitudes,
-                              float unit) {
-  const float most = from_bits(largest) / unit, others = kOutlierRatio * static_cast<float>(magnitudes);
-  return most * static_cast<float>(n + 320) > others &&  // seldom with dense x, so count later
-         most * static_cast<float>(count_nonzero(x, n) + 320) > others;
-}
-
-// Moves the outliers of x to the group, and leaves zeros for them. False if they are too many.
-__attribute__((noinline)) bool take_outliers(float* x, int32_t n, Group& group) {
-  double rest = 0.0;
-  for (int32_t i = 0; i < n; ++i) rest += from_bits(magnitude_bits(x[i]));
-  const int32_t count = count_nonzero(x, n);
-  int32_t largest[kOutliers + 1], taken = 0;
-  for (int32_t c = 0; c <= kOutliers && c + 1 < count; ++c) {
-    int32_t at = -1;
-    for (int32_t i = 0; i < n; ++i) {
-      bool before = false;
-      for (int32_t j = 0; j < c; ++j) before = before || largest[j] == i;
-      if (!before && (at < 0 || magnitude_bits(x[i]) > magnitude_bits(x[at]))) at = i;
-    }
-    largest[c] = at;
-    const double value = from_bits(magnitude_bits(x[at]));
-    rest -= value;
-    if (value * (count - c - 1) > kOutlierRatio * rest) taken = c + 1;
-  }
-  if (taken > kOutliers) return false;
-  for (int32_t i = 0; i < n; ++i) {  // in the order of columns
-    for (int32_t j = 0; j < taken; ++j) {
-      if (largest[j] != i) continue;
-      group.column[group.count] = i;
-      group.value[group.count++] = x[i];
-      x[i] = 0.0F;
-      break;
-    }
-  }
-  return true;
-}
-
-inline uint32_t largest_magnitude(const float* x, int32_t n) {
-  uint32_t largest = 0;
-  for (int32_t i = 0; i < n; ++i) {
-    const uint32_t bits = magnitude_bits(x[i]);
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
-// False if the group has too many outliers.
-inline bool pack_group(float* x, int32_t n, uint32_t largest, int16_t* q, Group& group) {
-  group.count = 0;
-  bool fits = true;
-  const int32_t magnitudes = quantize(x, n, largest, q, group);
-  if (may_have_outliers(x, n, largest, magnitudes, group.unit)) {
-    fits = take_outliers(x, n, group);
-    if (group.count > 0) quantize(x, n, largest_magnitude(x, n), q, group);
-  }
-  for (int32_t i = 0; i < group.count; ++i) group.total += group.value[i];
-  return fits;
-}
-
 template <class Isa>
-struct Int16 : Blocks<Isa> {
-  using Base = Blocks<Isa>;
+struct Int16 : Packing<Isa, Fixed16> {
+  using Base = Packing<Isa, Fixed16>;
   using typename Base::QParams;
-  using Base::block_at, Base::prefetch_qparams;
-  using Base::kLanes, Base::kBlock;
+  using Base::block_at, Base::prefetch_qparams, Base::packed_row, Base::groups;
+  using Base::kLanes, Base::kBlock, Base::kMaxStep;
   using Vec = typename Isa::Vec;
   using Ints = typename Isa::Ints;
-  static constexpr int kMaxStep = 256;  // a whole group
-
-  static int16_t* packed_row(const Problem& p, int64_t step, int64_t row) {
-    return static_cast<int16_t*>(p.packed_x) + (step * p.packed_rows + row) * p.step;
-  }
-  static Group* groups(const Problem& p, int64_t step) {
-    return static_cast<Group*>(p.records) + step * p.packed_rows;
-  }
-
-  // Where q of a group is kept.
-  using Place = void (*)(const Problem& p, int64_t step, int64_t row, const int16_t* q);
-
-  static void place(const Problem& p, int64_t step, int64_t row, const int16_t* q) {
-    memcpy(packed_row(p, step, row), q, sizeof(int16_t) * p.step);
-  }
-
-  // Returns the largest magnitude; `fits` becomes false if a group has too many outliers.
-  template <Place Put>
-  static float pack_row(const Problem& p, int64_t row, float factor, bool& fits) {
-    alignas(64) float x[kMaxStep];
-    alignas(64) int16_t q[kMaxStep] = {};
-    uint32_t most = 0;
-    for (int64_t s = 0; s < p.steps; ++s) {
-      const uint32_t bits = Base::load_x(p, row, s * p.step, factor, x);
-      most = bits > most ? bits : most;
-      if (bits > magnitude_bits(kLargest)) {  // another factor is needed, or the row is not finite
-        groups(p, s)[row] = {};
-      } else {
-        fits = pack_group(x, p.step, bits, q, groups(p, s)[row]) && fits;
-      }
-      Put(p, s, row, q);
-    }
-    return from_bits(most);
-  }
-
-  template <Place Put>
-  static void pack_rows(const Problem& p, int64_t row, int64_t row_end) {
-    for (; row < row_end; ++row) {
-      if (row >= p.m) {
-        const int16_t q[kMaxStep] = {};
-        p.row_factor[row] = 1.0F;
-        for (int64_t s = 0; s < p.steps; ++s) {
-          groups(p, s)[row] = {};
-          Put(p, s, row, q);
-        }
-        continue;
-      }
-      bool fits = true;
-      const float factor = row_factor_for(pack_row<Put>(p, row, 1.0F, fits));
-      if (factor != 0.0F && factor != 1.0F) {
-        fits = true;
-        pack_row<Put>(p, row, factor, fits);
-      }
-      p.row_factor[row] = fits ? factor : -factor;
-    }
-  }
 
   // Adds value * (code - 8) of the outliers to f.
   __attribute__((noinline)) static void add_outliers(const Block& block, const uint8_t* bytes,

@@ -31,6 +31,11 @@ struct Ints512 : Vec512 {
     w[2] = _mm512_sub_epi16(high, eight);
     w[3] = _mm512_sub_epi16(w[3], eight);
   }
+  // Of each four bytes the one at `byte` % 4, as a number of 32 bits.
+  static __m512i bytes_of(__m512i quad, __m512i byte) {
+    const __m512i first = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
+    return _mm512_shuffle_epi8(quad, _mm512_add_epi32(byte, first));
+  }
   static Vec to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
 };
 

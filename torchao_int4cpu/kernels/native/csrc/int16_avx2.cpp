@@ -1,5 +1,6 @@
-// 16-bit products with AVX2, with and without AVX-VNNI, on the AVX2 layout.
+// 16-bit products with AVX2, with and without AVX-VNNI, on the AVX2 layout; 8-bit ones with it.
 #include "int16.h"
+#include "int8.h"
 #include "vec256.h"
 
 namespace {
@@ -36,6 +37,19 @@ struct Ints256 : Vec256 {
     _mm_storeu_ps(to + 8, _mm256_extractf128_ps(value, 1));
   }
 
+  // Two columns of a block: a half of the vector holds the same 8 bytes of both.
+  template <bool Whole>
+  static __m256i load_columns(const uint8_t* bytes) {
+    __m256i raw;
+    if constexpr (Whole) {
+      raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    } else {  // a short block is 16 rows, 8 bytes a column
+      raw = _mm256_set_m128i(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8)),
+                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    }
+    return _mm256_permute4x64_epi64(raw, 0xD8);
+  }
+
   template <bool Whole>
   class Expander {
    public:
@@ -45,16 +59,8 @@ struct Ints256 : Vec256 {
       order_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
     }
 
-    // A short block is 16 rows, 8 bytes a column.
     void operator()(const uint8_t* bytes, __m256i (&w)[4]) const {
-      __m256i raw;
-      if constexpr (Whole) {
-        raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-      } else {
-        raw = _mm256_set_m128i(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8)),
-                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-      }
-      const __m256i both = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(raw, 0xD8), order_);
+      const __m256i both = _mm256_shuffle_epi8(load_columns<Whole>(bytes), order_);
       w[0] = _mm256_and_si256(both, _mm256_set1_epi16(0x000F));
       w[1] = _mm256_and_si256(both, _mm256_set1_epi16(0x00FF));
       w[2] = _mm256_srli_epi16(both, 8);
@@ -75,6 +81,39 @@ struct WithoutVnni : Ints256 {
 };
 
 struct WithVnni : Ints256 {
+  template <bool Whole>
+  class QuadExpander {
+   public:
+    explicit QuadExpander(int column_bytes) : column_bytes_(column_bytes) {
+      alignas(32) uint8_t order[32];
+      for (int i = 0; i < 32; ++i) order[i] = static_cast<uint8_t>(i % 16 / 2 + i % 2 * 8);
+      order_ = _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
+    }
+
+    void operator()(const uint8_t* bytes, __m256i (&w)[4]) const {
+      const __m256i first = _mm256_shuffle_epi8(load_columns<Whole>(bytes), order_);
+      const __m256i second = _mm256_shuffle_epi8(load_columns<Whole>(bytes + 2 * column_bytes_), order_);
+      const __m256i even = _mm256_unpacklo_epi16(first, second), odd = _mm256_unpackhi_epi16(first, second);
+      const __m256i low = _mm256_set1_epi8(15);
+      w[0] = _mm256_and_si256(even, low);
+      w[1] = _mm256_and_si256(odd, low);
+      w[2] = _mm256_and_si256(_mm256_srli_epi16(even, 4), low);
+      w[3] = _mm256_and_si256(_mm256_srli_epi16(odd, 4), low);
+    }
+
+   private:
+    __m256i order_;
+    int column_bytes_;
+  };
+
+  static void dot_bytes(__m256i& sum, __m256i codes, __m256i x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+  }
+  // Of each four bytes the one at `byte` % 4, as a number of 32 bits.
+  static __m256i bytes_of(__m256i quad, __m256i byte) {
+    const __m256i first = _mm256_set_epi32(12, 8, 4, 0, 12, 8, 4, 0);
+    return _mm256_shuffle_epi8(quad, _mm256_add_epi32(byte, first));
+  }
   static constexpr int kMostFused = 24;  // M = 16: 1.03 / 0.97, M = 24: 1.00 / 0.94, M = 64: 0.97 / 0.89
   static void dot(__m256i& sum, __m256i w, __m256i x) {
     __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
@@ -85,3 +124,4 @@ struct WithVnni : Ints256 {
 
 const int4cpu::Kernel int4cpu::kInt16Avx2 = int16_kernel<WithoutVnni>("int16_avx2");
 const int4cpu::Kernel int4cpu::kInt16AvxVnni = int16_kernel<WithVnni>("int16_avx_vnni");
+const int4cpu::Kernel int4cpu::kDynamicAvxVnni = int8_kernel<WithVnni>("dynamic_avx_vnni");

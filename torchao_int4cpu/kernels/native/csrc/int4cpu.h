@@ -82,7 +82,8 @@ struct Kernel {
   void (*multiply)(const Problem&, const Task&, float* totals);
   // Rounds totals to y.
   void (*store)(const Problem&, const Task&, const float* totals);
-  // Multiplies in registers only, `rounds` times as many operations as it returns.
+  // Multiplies only, operands in registers or tiles from a cache; `rounds` times as many operations as it
+  // returns.
   int64_t (*spin)(int64_t rounds);
 };
 
@@ -134,6 +135,9 @@ extern const Kernel kInt16Avx512;
 extern const Kernel kInt16Avx512Vnni;
 extern const Kernel kInt16Vbmi;
 extern const Kernel kInt8Amx;
+extern const Kernel kDynamicAvxVnni;
+extern const Kernel kDynamicAvx512Vnni;
+extern const Kernel kDynamicAmx;
 extern const Kernel kTransposedAvx2;
 extern const Kernel kTransposedAvx512;
 extern const Kernel kTransposedAvx512Bf16;

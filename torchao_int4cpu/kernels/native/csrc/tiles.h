@@ -102,7 +102,8 @@ inline void emulate_dot_bytes(EmulatedTile& sum, const EmulatedTile& x, const Em
 
 #endif
 
-// Multiplies tiles in registers only, four in each round. Not zeros, with which tiles are measurably faster.
+// Multiplies tiles that lie in the first-level cache, four in each round, as a kernel at its best does. Not
+// zeros, with which tiles are measurably faster.
 #define SPIN_TILES(rounds, DOT)                   \
   do {                                            \
     const TileConfig config;                      \
@@ -113,13 +114,15 @@ inline void emulate_dot_bytes(EmulatedTile& sum, const EmulatedTile& x, const Em
     TILE_ZERO(3);                                 \
     alignas(64) uint8_t values[kTile * 64];       \
     memset(values, 0x3C, sizeof values);          \
-    TILE_LOAD(4, values, 64);                     \
-    TILE_LOAD(6, values, 64);                     \
     for (int64_t round = 0; round < (rounds); ++round) { \
+      TILE_LOAD(4, values, 64);                   \
+      TILE_LOAD(6, values, 64);                   \
+      TILE_LOAD(7, values, 64);                   \
       DOT(0, 4, 6);                               \
-      DOT(1, 4, 6);                               \
-      DOT(2, 4, 6);                               \
-      DOT(3, 4, 6);                               \
+      DOT(1, 4, 7);                               \
+      TILE_LOAD(5, values, 64);                   \
+      DOT(2, 5, 6);                               \
+      DOT(3, 5, 7);                               \
     }                                             \
     TILE_END();                                   \
   } while (false)
