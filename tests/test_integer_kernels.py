@@ -17,7 +17,12 @@ from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, INTEGER_KERNELS, TRANSPOSED_KERNELS
+from torchao_int4cpu.kernels.native.library import (
+    DYNAMIC_KERNELS,
+    INTEGER_KERNELS,
+    KERNEL_OF_MANY_ROWS,
+    TRANSPOSED_KERNELS,
+)
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -242,7 +247,8 @@ def test_every_kernel_that_may_be_asked_for_leaves_few_rows_to_these() -> None:
                 assert set(few) <= {name, "transposed_avx512_bf16"}
                 assert by_tiles == ([m for m in ROWS if m > 16] if name == "transposed_amx" else [])
                 continue
-            if name in ("avx2", "avx512"):  # asked for only where all of integers fail
+            # Asked for only where all of integers fail, and never.
+            if name in ("avx2", "avx512", *KERNEL_OF_MANY_ROWS.values()):
                 assert set(few) == {name}
                 continue
             if name in DYNAMIC_KERNELS:
@@ -252,7 +258,9 @@ def test_every_kernel_that_may_be_asked_for_leaves_few_rows_to_these() -> None:
             if name != "int8_amx":
                 has_tiles = name in ("amx", "dynamic_amx") and group_size >= 64
                 assert tiles == ([*range(5, 17)] if has_tiles else [])
-            assert library.kernel_for(name, 1000, group_size) == name
+            many = KERNEL_OF_MANY_ROWS.get(name, name)
+            assert library.kernel_for(name, 1000, group_size) == many
+            assert library.kernel_for(name, 127, group_size) == name
 
 
 @dtypes

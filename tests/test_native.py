@@ -18,7 +18,7 @@ from tests.processes import run_child
 from tests.test_kernels import apart
 from torchao_int4cpu import native_layout
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNELS
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNEL_OF_MANY_ROWS, KERNELS
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.portable.prefill import prefill
 
@@ -132,7 +132,8 @@ def test_products_cut_along_k_and_rows_are_exact(variant: Variant) -> None:
     weight = integers(variant, 80, 4096, 32)
     try:
         torch.set_num_threads(64)
-        assert variant.library.plan(variant.name, 1, 80, 4096, 32, 64)[3] > 1
+        if variant.name not in KERNEL_OF_MANY_ROWS.values():  # whose rows are enough to share
+            assert variant.library.plan(variant.name, 1, 80, 4096, 32, 64)[3] > 1
         for m in (1, 40, 200):
             x = whole_numbers(variant, m, 4096)
             assert torch.equal(variant.mm(x, weight).double(), int4_mm_reference(x, weight))

@@ -11,7 +11,7 @@ import torch
 
 from tests.native_variants import Variant, variant_of
 from tests.processes import run_child
-from torchao_int4cpu.kernels.native.library import KERNELS
+from torchao_int4cpu.kernels.native.library import KERNEL_OF_MANY_ROWS, KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 
@@ -52,9 +52,12 @@ def test_several_python_threads_at_once(variant: Variant) -> None:
 @pytest.mark.parametrize(("n", "k"), [(1024, 1024), (1024, 4096), (4096, 4096), (3072, 1024)])
 def test_64_cores_have_work(variant: Variant, rows: int, n: int, k: int) -> None:
     """On paper: at least one task for each core, and no part of the weight too small to be worth it."""
+    if variant.name in KERNEL_OF_MANY_ROWS.values() and rows < 128:
+        pytest.skip(f"{variant.name} is for more rows")
     task_rows, row_tasks, blocks, parts = variant.library.plan(variant.name, rows, n, k, 128, 64)
     block_rows = variant.layout.rows_per_block
-    assert blocks == n // block_rows
+    if variant.name not in KERNEL_OF_MANY_ROWS.values():  # whose tasks take several
+        assert blocks == n // block_rows
     assert row_tasks == -(-rows // task_rows)
     part_bytes = block_rows * k // 2 // parts
     assert part_bytes >= 16 * 1024 or parts == 1

@@ -432,6 +432,10 @@ def kernel_choices() -> list[KernelChoice]:
     ]
 
 
+#: For which every kernel has handed over to the one for many rows, if it does.
+_MANY_ROWS = 10_000
+
+
 def _native_choices(layout: str, kernel: str) -> list[KernelChoice]:
     """The lines of a layout: runs of rows with one kernel, for groups of 128."""
     assert not isinstance(LIBRARY, Unavailable)
@@ -442,8 +446,14 @@ def _native_choices(layout: str, kernel: str) -> list[KernelChoice]:
         rows = f"layout {layout!r}, M <= {m}"
         lines.append(KernelChoice(rows, "native", f"{_native_reason(name)} ({name})"))
         first = m = m + 1
+    many = LIBRARY.kernel_for(kernel, _MANY_ROWS, 128)
+    if many != kernel:
+        while LIBRARY.kernel_for(kernel, m + 1, 128) == kernel:
+            m += 1
+        rows = f"layout {layout!r}, M <= {m}"
+        lines.append(KernelChoice(rows, "native", f"{_native_reason(kernel)} ({kernel})"))
     rows = f"layout {layout!r}, " + ("more rows" if lines else "any M")
-    return [*lines, KernelChoice(rows, "native", f"{_native_reason(kernel)} ({kernel})")]
+    return [*lines, KernelChoice(rows, "native", f"{_native_reason(many)} ({many})")]
 
 
 def _native_reason(kernel: str) -> str:
@@ -451,9 +461,11 @@ def _native_reason(kernel: str) -> str:
         return "products of integers with 8-bit x, which was asked for"
     if kernel in INTEGER_KERNELS:
         return "products of integers with 16-bit x, the same numbers on every CPU"
-    return {"amx": "bfloat16 tiles", "avx512_bf16": "bfloat16 dot products"}.get(
-        kernel, "float32 products, because those of integers failed their self-test"
-    )
+    return {
+        "amx": "bfloat16 tiles",
+        "amx_many": "bfloat16 tiles, in blocks for the second-level cache",
+        "avx512_bf16": "bfloat16 dot products",
+    }.get(kernel, "float32 products, because those of integers failed their self-test")
 
 
 _warned_layouts: set[str] = set()

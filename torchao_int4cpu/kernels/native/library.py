@@ -31,6 +31,7 @@ LAYOUT_OF_KERNEL = {
     "avx512": "avx512",
     "avx512_bf16": "avx512",
     "amx": "avx512",
+    "amx_many": "avx512",
     "int16_avx2": "avx2",
     "int16_avx_vnni": "avx2",
     "int16_avx512": "avx512",
@@ -64,6 +65,9 @@ TRANSPOSED_KERNELS_OF_LAYOUT = {
     "avx2": ("transposed_avx2",),
     "default": (),
 }
+
+#: By kernel that is asked for: the one it leaves many rows to. See `NativeLibrary.kernel_for`.
+KERNEL_OF_MANY_ROWS = {"amx": "amx_many"}
 
 #: The kernels that compute the same numbers all, whatever the CPU and the number of rows.
 INTEGER_KERNELS = tuple(name for name in KERNELS if name.startswith("int"))
@@ -262,11 +266,11 @@ class NativeLibrary:
     def plan(
         self, kernel: str, m: int, n: int, k: int, group_size: int, threads: int
     ) -> tuple[int, int, int, int]:
-        """How a product is cut: (rows of a task, tasks over rows, over blocks of N, over K)."""
+        """How a product is cut: (rows of a task, tasks over rows, over columns of y, over x's)."""
         counts = (ctypes.c_int64 * 4)()
         self._library.int4cpu_plan(_INDEX[kernel], m, n, k, group_size, threads, counts)
-        rows, row_tasks, blocks, parts = counts
-        return rows, row_tasks, blocks, parts
+        rows, row_tasks, column_tasks, parts = counts
+        return rows, row_tasks, column_tasks, parts
 
     def spin(self, kernel: str, rounds: int) -> int:
         """Multiply in registers only, on all threads; return the number of operations done.
@@ -322,7 +326,8 @@ class NativeLibrary:
 
         Raises:
             ValueError: the memory of the weight was freed.
-            MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows).
+            MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows) and, with
+                AMX, for the sums of a task, 0.8 MiB a thread.
         """
         plain = self.plain_products.get(kernel)
         if plain is not None:

@@ -27,7 +27,7 @@ enum Error : int64_t { kUnknownKernel = -1, kNoMemory = -2, kBadArguments = -3, 
 
 // In the order of ``KERNELS`` and ``TRANSPOSED_KERNELS`` in library.py.
 enum KernelIndex : int32_t {
-  kAvx2, kAvx512, kAvx512Bf16, kAmx,
+  kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxMany,
   kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
   kInt8Amx,
   kDynamicAvxVnni, kDynamicAvx512Vnni, kDynamicAmx,
@@ -35,11 +35,14 @@ enum KernelIndex : int32_t {
   kKernelCount,
 };
 const Kernel* const kKernels[kKernelCount] = {
-    &int4cpu::kAvx2,        &int4cpu::kAvx512,          &int4cpu::kAvx512Bf16,
-    &int4cpu::kAmx,         &int4cpu::kInt16Avx2,       &int4cpu::kInt16AvxVnni,
-    &int4cpu::kInt16Avx512, &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
-    &int4cpu::kInt8Amx,     &int4cpu::kDynamicAvxVnni,  &int4cpu::kDynamicAvx512Vnni,
-    &int4cpu::kDynamicAmx,  &int4cpu::kTransposedAvx2,  &int4cpu::kTransposedAvx512,
+    &int4cpu::kAvx2,           &int4cpu::kAvx512,
+    &int4cpu::kAvx512Bf16,     &int4cpu::kAmx,
+    &int4cpu::kAmxMany,        &int4cpu::kInt16Avx2,
+    &int4cpu::kInt16AvxVnni,   &int4cpu::kInt16Avx512,
+    &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
+    &int4cpu::kInt8Amx,        &int4cpu::kDynamicAvxVnni,
+    &int4cpu::kDynamicAvx512Vnni, &int4cpu::kDynamicAmx,
+    &int4cpu::kTransposedAvx2, &int4cpu::kTransposedAvx512,
     &int4cpu::kTransposedAvx512Bf16, &int4cpu::kTransposedAmx,
 };
 
@@ -87,7 +90,7 @@ uint32_t find_kernels() {
   const bool usable = tiles && ((states & kTiles) == kTiles || kEmulateTiles) && may_use_tiles();
   const bool vnni = avx512 && (leaf7_c & kVnni);
   const bool bytes = usable && vnni && (leaf7_c & kVbmi2) && ((leaf7_d & kTileBytes) || kEmulateTiles);
-  return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx |
+  return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx | usable << kAmxMany |
          avx2 << kInt16Avx2 | (avx2 && (leaf7_1a & kAvxVnni)) << kInt16AvxVnni |
          avx512 << kInt16Avx512 | vnni << kInt16Avx512Vnni |
          (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx |
@@ -122,10 +125,10 @@ struct alignas(64) Share {
   int64_t next, end;
 };
 
-// Runs `work(context, i)` for i below `count`: each thread its own consecutive share, which finds
+// Runs `work(context, i, thread)` for i below `count`: each thread its own consecutive share, which finds
 // small weights where the last call left them, and then what others have not begun.
 struct Loop {
-  void (*work)(void*, int64_t);
+  void (*work)(void*, int64_t, int32_t);
   void* context;
   int32_t threads;
   int32_t arrived;
@@ -140,14 +143,14 @@ void run_shares(void* opaque) {
     for (;;) {
       const int64_t i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
       if (i >= share.end) break;
-      loop.work(loop.context, i);
+      loop.work(loop.context, i, me);
     }
   }
 }
 
-void for_each(int64_t count, int32_t threads, void (*work)(void*, int64_t), void* context) {
+void for_each(int64_t count, int32_t threads, void (*work)(void*, int64_t, int32_t), void* context) {
   if (threads <= 1 || count <= 1) {
-    for (int64_t i = 0; i < count; ++i) work(context, i);
+    for (int64_t i = 0; i < count; ++i) work(context, i, 0);
     return;
   }
   Loop loop;
@@ -191,7 +194,7 @@ void cut_weight(const Kernel& kernel, int64_t n, int64_t k, int32_t group_size, 
 }
 
 struct Plan {
-  int64_t task_rows, row_tasks, parts;
+  int64_t task_rows, row_tasks, task_blocks, block_tasks, parts;
 };
 
 // Enough tasks for every thread to have several. Rows are cut first, because that costs only another
@@ -199,18 +202,25 @@ struct Plan {
 Plan plan(const Kernel& kernel, const Problem& p, int32_t threads) {
   Plan plan;
   plan.task_rows = kernel.task_rows;
+  plan.task_blocks = kernel.task_blocks;
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
   const int64_t least_rows = 4 * kernel.tile_rows;
+  const auto tasks = [&] { return divide_up(p.m, plan.task_rows) * divide_up(p.blocks, plan.task_blocks); };
+  // Blocks of a task share its rows of x, which cost more than the expansions that rows share.
+  while (plan.task_blocks > 1 && tasks() < threads) plan.task_blocks /= 2;
   while (plan.task_rows > least_rows &&
-         (plan.task_rows >= 2 * p.m || divide_up(p.m, plan.task_rows) * p.blocks < wanted)) {
+         (plan.task_rows >= 2 * p.m || tasks() < wanted)) {
     plan.task_rows = divide_up(plan.task_rows / 2, kernel.tile_rows) * kernel.tile_rows;
   }
   plan.row_tasks = divide_up(p.m, plan.task_rows);
   plan.task_rows = divide_up(divide_up(p.m, plan.row_tasks), kernel.tile_rows) * kernel.tile_rows;
   plan.row_tasks = divide_up(p.m, plan.task_rows);
+  plan.block_tasks = divide_up(p.blocks, plan.task_blocks);
+  plan.parts = 1;
+  if (kernel.run != nullptr) return plan;
   // A part reads at least 16 KiB of the weight.
   const int64_t least_steps = divide_up(INT64_C(32768), p.block_columns * p.step);
-  int64_t parts = divide_up(wanted, plan.row_tasks * p.blocks);
+  int64_t parts = divide_up(wanted, plan.row_tasks * plan.block_tasks);
   const int64_t most = p.chunk_steps > 0 ? divide_up(p.steps, p.chunk_steps) : p.steps / least_steps;
   if (parts > most || (parts > 1 && p.chunk_steps > 0)) parts = most;
   plan.parts = parts < 1 ? 1 : parts;
@@ -225,24 +235,25 @@ Task task_at(const Problem& p, const Plan& plan, int64_t i) {
   const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
   const int64_t block = whole / plan.row_tasks;
   if (p.chunk_steps == 0) {
-    return {row, row_end, block, p.steps * part / plan.parts, p.steps * (part + 1) / plan.parts};
+    return {row, row_end, block, p.steps * part / plan.parts, p.steps * (part + 1) / plan.parts, block + 1};
   }
   const int64_t step = part * p.chunk_steps;
-  return {row, row_end, block, step, part == plan.parts - 1 ? p.steps : step + p.chunk_steps};
+  return {row, row_end, block, step, part == plan.parts - 1 ? p.steps : step + p.chunk_steps, block + 1};
 }
 
 struct Product {
   const Kernel* kernel;
   const Problem* problem;
   Plan plan;
-  float* partial;     // [tasks of rows and blocks, parts, task_rows, block_rows]
+  float* partial;     // [tasks of rows and blocks, parts, task_rows, block_columns]
   int32_t* finished;  // parts of each
+  char* scratch;      // [threads] of `Kernel::scratch_bytes`
 };
 
 // Rows that a thread packs at a time.
 constexpr int64_t kPackedTogether = 2;
 
-void pack_some(void* opaque, int64_t i) {
+void pack_some(void* opaque, int64_t i, int32_t) {
   const Product& product = *static_cast<const Product*>(opaque);
   const Problem& p = *product.problem;
   const int64_t end = (i + 1) * kPackedTogether;
@@ -253,7 +264,19 @@ void add(float* to, const float* from, int64_t count) {
   for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
-void run_task(void* opaque, int64_t i) {
+// A whole task of a kernel that takes several blocks: rows of x stay with a thread.
+void run_blocks(void* opaque, int64_t i, int32_t thread) {
+  const Product& product = *static_cast<const Product*>(opaque);
+  const Problem& p = *product.problem;
+  const Plan& plan = product.plan;
+  const int64_t row = i / plan.block_tasks * plan.task_rows, block = i % plan.block_tasks * plan.task_blocks;
+  const int64_t row_end = row + plan.task_rows < p.m ? row + plan.task_rows : p.m;
+  const int64_t block_end = block + plan.task_blocks < p.blocks ? block + plan.task_blocks : p.blocks;
+  const Task task = {row, row_end, block, 0, p.steps, block_end};
+  product.kernel->run(p, task, product.scratch + thread * product.kernel->scratch_bytes);
+}
+
+void run_task(void* opaque, int64_t i, int32_t) {
   const Product& product = *static_cast<const Product*>(opaque);
   const Problem& p = *product.problem;
   const Plan& plan = product.plan;
@@ -345,17 +368,21 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   p.packed_rows = divide_up(p.m, kernel.row_multiple) * kernel.row_multiple;
   threads = threads_for(p, threads);
 
-  Product product = {&kernel, &p, plan(kernel, p, threads), nullptr, nullptr};
+  Product product = {&kernel, &p, plan(kernel, p, threads), nullptr, nullptr, nullptr};
   const Plan& cut = product.plan;
-  const int64_t wholes = cut.row_tasks * p.blocks;
+  const int64_t wholes = cut.row_tasks * cut.block_tasks;
   const bool in_parts = cut.parts > 1;
   const int64_t packed_bytes = p.packed_rows * p.padded_k * kernel.element_bytes;
-  const int64_t record_bytes = p.packed_rows * p.steps * kernel.record_bytes;
+  const int64_t record_bytes =
+      p.packed_rows * divide_up(p.steps, kernel.record_steps) * kernel.record_steps * kernel.record_bytes;
+  const int64_t tasks = wholes * cut.parts;
+  const int32_t workers = tasks < threads ? static_cast<int32_t>(tasks) : threads;
+  const int64_t scratch_bytes = workers * kernel.scratch_bytes;
   const int64_t partial_bytes =
       in_parts ? wholes * cut.parts * cut.task_rows * p.block_columns * 4 : 0;
   const int64_t finished_bytes = in_parts ? wholes * 4 : 0;
   const int64_t bytes =
-      packed_bytes + record_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + 5 * 64;
+      packed_bytes + record_bytes + p.packed_rows * 4 + partial_bytes + finished_bytes + scratch_bytes + 6 * 64;
   alignas(64) char small[kStackBytes];
   void* memory = nullptr;
   if (bytes > kStackBytes && posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) {
@@ -367,11 +394,12 @@ int64_t multiply(const Kernel& kernel, Problem& p, int32_t threads) {
   p.row_factor = reinterpret_cast<float*>(carve(left, p.packed_rows * 4));
   product.partial = reinterpret_cast<float*>(carve(left, partial_bytes));
   product.finished = reinterpret_cast<int32_t*>(carve(left, finished_bytes));
+  product.scratch = carve(left, scratch_bytes);
   if (in_parts) memset(product.finished, 0, static_cast<size_t>(finished_bytes));
 
   const bool large = p.packed_rows * p.padded_k >= kSerialWork / 4;
   for_each(divide_up(p.packed_rows, kPackedTogether), large ? threads : 1, pack_some, &product);
-  for_each(wholes * cut.parts, threads, run_task, &product);
+  for_each(tasks, workers, kernel.run != nullptr ? run_blocks : run_task, &product);
 
   int64_t bad = 0, left_rows = 0;
   for (int64_t row = 0; row < p.m; ++row) {
@@ -401,7 +429,7 @@ void take(const void* from, __m128i& found) {
 
 // Reads what `run_task` would, in its order: the codes of a group, then its scales and zeros. The latter
 // once, although a kernel that cuts groups into steps takes them at each step.
-void read_task(void* opaque, int64_t i) {
+void read_task(void* opaque, int64_t i, int32_t) {
   Read& read = *static_cast<Read*>(opaque);
   const Problem& p = *read.problem;
   const Task task = task_at(p, read.plan, i);
@@ -463,8 +491,12 @@ EXPORT void int4cpu_exclude(int32_t kernel) {
 constexpr int64_t kTileRowsFrom = 5;
 constexpr int32_t kTileGroupsFrom = 64;
 
+// From how many rows tiles are ahead that expand a block for all rows of a task: see amx_many.cpp.
+constexpr int64_t kManyRows = 128;
+
 // The kernel that multiplies `m` rows when `kernel` is asked for.
 EXPORT int32_t int4cpu_kernel_for(int32_t kernel, int64_t m, int32_t group_size) {
+  if (kernel == kAmx && m >= kManyRows && (int4cpu_kernels() >> kAmxMany & 1)) return kAmxMany;
   if (m >= kKernels[kernel]->least_rows) return kernel;
   const uint32_t found = int4cpu_kernels();
   const auto first_of = [&](std::initializer_list<int32_t> candidates) {
@@ -496,7 +528,7 @@ EXPORT void int4cpu_use_runtime(Parallel run, InParallel inside) {
 // How many threads a product may use that asks for `wanted`.
 EXPORT int32_t int4cpu_threads(int32_t wanted) { return usable_threads(wanted); }
 
-// How many tasks a product is cut into: {rows of a task, tasks over rows, over blocks, over K}.
+// How many tasks a product is cut into: {rows of a task, tasks over rows, over columns of y, over x's}.
 EXPORT int32_t int4cpu_plan(int32_t kernel, int64_t m, int64_t n, int64_t k, int32_t group_size,
                             int32_t threads, int64_t* counts) {
   if (kernel < 0 || kernel >= kKernelCount) return kUnknownKernel;
@@ -506,7 +538,7 @@ EXPORT int32_t int4cpu_plan(int32_t kernel, int64_t m, int64_t n, int64_t k, int
   const Plan cut = plan(*kKernels[kernel], p, threads);
   counts[0] = cut.task_rows;
   counts[1] = cut.row_tasks;
-  counts[2] = p.blocks;
+  counts[2] = cut.block_tasks;
   counts[3] = cut.parts;
   return 0;
 }
@@ -524,7 +556,7 @@ EXPORT int64_t int4cpu_spin(int32_t kernel, int32_t threads, int64_t rounds) {
   }
   Spin spin = {kKernels[kernel], rounds};
   threads = usable_threads(threads);
-  const auto work = [](void* context, int64_t) {
+  const auto work = [](void* context, int64_t, int32_t) {
     const Spin& spin = *static_cast<const Spin*>(context);
     spin.kernel->spin(spin.rounds);
   };

@@ -123,40 +123,53 @@ struct Gemm : Blocks<Isa> {
     return INT64_C(2) * Isa::kTileRows * 4 * kLanes * kDepth;
   }
 
+  // Where a packed activation lies, and the sums of its steps: a row of a step together.
+  struct ByRows {
+    static Element* element(const Problem& p, int64_t step, int64_t row, int32_t k) {
+      return const_cast<Element*>(packed_row(p, step, row)) + k;
+    }
+    static void put_sum(const Problem& p, int64_t step, int64_t row, float sum) {
+      sums(p)[step * p.packed_rows + row] = sum;
+    }
+  };
+
   // One row of x to packed_x and sums, multiplied by `factor`; returns the largest magnitude.
+  template <class Place>
   static float pack_row(const Problem& p, int64_t row, float factor) {
     const Vec by = Isa::splat(factor);
     Vec largest = Isa::splat(0.0F);
     for (int64_t s = 0; s < p.steps; ++s) {
-      Element* to = const_cast<Element*>(packed_row(p, s, row));
       // 16 sums whatever the number of lanes, so that each instruction set gets the same.
       Vec sum[16 / kLanes];
       for (Vec& part : sum) part = Isa::splat(0.0F);
       for (int32_t k = 0; k < p.step; k += kLanes) {
         Vec value = Base::load_x(p, row, s * p.step + k);
         largest = Isa::larger_magnitude(largest, value);
-        value = Isa::pack(Isa::multiply(value, by), to + k);
+        value = Isa::pack(Isa::multiply(value, by), Place::element(p, s, row, k));
         Vec& part = sum[k / kLanes % (16 / kLanes)];
         part = Isa::add(part, value);
       }
-      sums(p)[s * p.packed_rows + row] = Isa::total(sum);
+      Place::put_sum(p, s, row, Isa::total(sum));
     }
     return from_bits(Isa::largest_lane_bits(largest));
   }
 
+  template <class Place>
   static void pack_rows(const Problem& p, int64_t row, int64_t row_end) {
     for (; row < row_end; ++row) {
       p.row_factor[row] = 1.0F;
       if (row >= p.m) {
         for (int64_t s = 0; s < p.steps; ++s) {
-          memset(const_cast<Element*>(packed_row(p, s, row)), 0, sizeof(Element) * p.step);
-          sums(p)[s * p.packed_rows + row] = 0.0F;
+          for (int32_t k = 0; k < p.step; k += kLanes) {
+            memset(Place::element(p, s, row, k), 0, sizeof(Element) * kLanes);
+          }
+          Place::put_sum(p, s, row, 0.0F);
         }
         continue;
       }
-      const float factor = row_factor_for(pack_row(p, row, 1.0F));
+      const float factor = row_factor_for(pack_row<Place>(p, row, 1.0F));
       p.row_factor[row] = factor;
-      if (factor != 0.0F && factor != 1.0F) pack_row(p, row, factor);
+      if (factor != 0.0F && factor != 1.0F) pack_row<Place>(p, row, factor);
     }
   }
 };

@@ -57,11 +57,13 @@ struct Problem {
                       // leaves to the float32 kernel
 };
 
-// Rows [row, row_end) of x times block `block` of the weight over steps [step, step_end).
+// Rows [row, row_end) of x times block `block` of the weight, or blocks [block, block_end), over steps
+// [step, step_end).
 struct Task {
   int64_t row, row_end;
   int64_t block;
   int64_t step, step_end;
+  int64_t block_end;
 };
 
 struct Kernel {
@@ -71,6 +73,7 @@ struct Kernel {
   int32_t max_step;        // of a transposed kernel: the most columns of a block
   int32_t element_bytes;   // of the packed activation
   int32_t record_bytes;
+  int32_t record_steps = 1;  // there are records for a multiple of so many steps
   int32_t row_multiple;    // packed_rows is a multiple of it; rows beyond m are zero
   int32_t task_rows;       // the most rows of a task; a multiple of `tile_rows`
   int32_t tile_rows;       // rows that share one read of the expanded weight
@@ -82,6 +85,10 @@ struct Kernel {
   void (*multiply)(const Problem&, const Task&, float* totals);
   // Rounds totals to y.
   void (*store)(const Problem&, const Task&, const float* totals);
+  // Instead of both, if not null: a whole task of up to `task_blocks` blocks, with memory of the thread.
+  void (*run)(const Problem&, const Task&, void* scratch) = nullptr;
+  int32_t task_blocks = 1;
+  int64_t scratch_bytes = 0;
   // Multiplies only, operands in registers or tiles from a cache; `rounds` times as many operations as it
   // returns.
   int64_t (*spin)(int64_t rounds);
@@ -129,6 +136,7 @@ extern const Kernel kAvx2;
 extern const Kernel kAvx512;
 extern const Kernel kAvx512Bf16;
 extern const Kernel kAmx;
+extern const Kernel kAmxMany;
 extern const Kernel kInt16Avx2;
 extern const Kernel kInt16AvxVnni;
 extern const Kernel kInt16Avx512;
