@@ -254,8 +254,8 @@ void run_with(const Problem& p, const Task& t, Scratch& scratch) {
   const int64_t chunks = (p.steps + p.chunk_steps - 1) / p.chunk_steps;
   const int64_t parts = chunks * (t.block_end - t.block);
   const int64_t tall = (t.row_end - t.row + kRows - 1) / kRows;  // in units of 32 rows
-  static constexpr float kNoScale[kRows] = {};
-  float nothing[kBlockSums] __attribute__((aligned(64))) = {};
+  alignas(64) static constexpr float kNoScale[kRows] = {};
+  alignas(64) float nothing[kBlockSums] = {};
   expansion_of(p, part_at(p, t, 0), 0, scratch).some(kChunk);
   for (int64_t i = 0; i < parts; ++i) {
     const Part part = part_at(p, t, i);

@@ -161,7 +161,12 @@ struct Blocks {
         }
       }
       if (bias != nullptr) add_bias(p.dtype, bias, y);
-      store_some<kBlock>(p, row * p.n + block.first_row, y, count);
+      const int64_t at = row * p.n + block.first_row;
+      if (count == kBlock) {  // known when compiled, so that it is no call
+        store_some<kBlock>(p, at, y, kBlock);
+      } else {
+        store_some<kBlock>(p, at, y, count);
+      }
     }
   }
 

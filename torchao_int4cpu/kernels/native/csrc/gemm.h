@@ -136,21 +136,43 @@ struct Gemm : Blocks<Isa> {
   // One row of x to packed_x and sums, multiplied by `factor`; returns the largest magnitude.
   template <class Place>
   static float pack_row(const Problem& p, int64_t row, float factor) {
-    const Vec by = Isa::splat(factor);
+    const char* from = static_cast<const char*>(p.x) + row * p.x_stride * Base::size_of(p.dtype);
     Vec largest = Isa::splat(0.0F);
-    for (int64_t s = 0; s < p.steps; ++s) {
-      // 16 sums whatever the number of lanes, so that each instruction set gets the same.
-      Vec sum[16 / kLanes];
-      for (Vec& part : sum) part = Isa::splat(0.0F);
-      for (int32_t k = 0; k < p.step; k += kLanes) {
-        Vec value = Base::load_x(p, row, s * p.step + k);
-        largest = Isa::larger_magnitude(largest, value);
-        value = Isa::pack(Isa::multiply(value, by), Place::element(p, s, row, k));
-        Vec& part = sum[k / kLanes % (16 / kLanes)];
-        part = Isa::add(part, value);
+    int64_t s = 0;
+    const auto pack_steps = [&](int64_t end, const auto& load, const auto& pack) {
+      for (; s < end; ++s) {
+        // 16 sums whatever the number of lanes, so that each instruction set gets the same.
+        Vec sum[16 / kLanes];
+        for (Vec& part : sum) part = Isa::splat(0.0F);
+        for (int32_t k = 0; k < p.step; k += kLanes) {
+          const Vec value = load(s * p.step + k);
+          largest = Isa::larger_magnitude(largest, value);
+          Vec& part = sum[k / kLanes % (16 / kLanes)];
+          part = Isa::add(part, pack(value, s * p.step + k, Place::element(p, s, row, k)));
+        }
+        Place::put_sum(p, s, row, Isa::total(sum));
       }
-      Place::put_sum(p, s, row, Isa::total(sum));
+    };
+    const int64_t whole = factor == 1.0F ? p.x_columns / p.step : 0;
+    const auto pack = [](Vec value, int64_t, Element* to) { return Isa::pack(value, to); };
+    if (p.dtype == int4cpu::kBFloat16) {
+      pack_steps(
+          whole, [&](int64_t k) { return Isa::from_bfloat16(from + 2 * k); },
+          [&](Vec value, int64_t k, Element* to) {
+            if constexpr (sizeof(Element) == 2) {  // nothing to round
+              memcpy(to, from + 2 * k, 2 * kLanes);
+              return value;
+            } else {
+              return Isa::pack(value, to);
+            }
+          });
+    } else if (p.dtype == int4cpu::kFloat32) {
+      pack_steps(whole, [&](int64_t k) { return Isa::load(reinterpret_cast<const float*>(from) + k); }, pack);
     }
+    const Vec by = Isa::splat(factor);
+    pack_steps(
+        p.steps, [&](int64_t k) { return Base::load_x(p, row, k); },
+        [&](Vec value, int64_t, Element* to) { return Isa::pack(Isa::multiply(value, by), to); });
     return from_bits(Isa::largest_lane_bits(largest));
   }
 
