@@ -95,6 +95,15 @@ bool may_have_outliers(const float* x, int32_t n, uint32_t largest, int32_t magn
          most * (static_cast<float>(count_nonzero(x, n)) + 5 * kRatio) > kRatio * sum;
 }
 
+// Where a number is, of those there are.
+inline int32_t find(const uint32_t* bits, uint32_t number) {
+  for (int32_t at = 0;; at += 16) {
+    uint32_t found = 0;
+    for (int32_t i = 0; i < 16; ++i) found |= static_cast<uint32_t>(bits[at + i] == number) << i;
+    if (found != 0) return at + __builtin_ctz(found);
+  }
+}
+
 // Moves the outliers of x to the group, and leaves zeros for them. False if they are too many.
 template <class Fixed>
 __attribute__((noinline)) bool take_outliers(float* x, int32_t n, Group& group) {
@@ -113,13 +122,16 @@ __attribute__((noinline)) bool take_outliers(float* x, int32_t n, Group& group) 
   for (int32_t c = 0; c <= kOutliers && c + 1 < count; ++c) {
     uint32_t most = 0;
     for (int32_t i = 0; i < n; ++i) most = bits[i] > most ? bits[i] : most;
-    int32_t at = 0;
-    while (bits[at] != most) ++at;
+    const int32_t at = find(bits, most);
     bits[at] = 0;
     largest[c] = at;
     const double value = from_bits(most);
     rest -= value;
-    if (value * (count - c - 1) > Fixed::kOutlierRatio * rest) taken = c + 1;
+    if (value * (count - c - 1) > Fixed::kOutlierRatio * rest) {
+      taken = c + 1;
+    } else if (value * (count - c - 1) <= Fixed::kOutlierRatio * (rest - (kOutliers - c) * value)) {
+      break;  // nor will one of those after it be, none of which is larger
+    }
   }
   if (taken > kOutliers) {
     if (Fixed::kLeavesRows) return false;
