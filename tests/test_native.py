@@ -26,7 +26,14 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(scope="session", params=KERNELS)
+#: `test_dynamic_kernels` has their twin, bit for bit.
+_SLOW = DYNAMIC_KERNELS
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in KERNELS],
+)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
 

@@ -11,11 +11,17 @@ import torch
 
 from tests.native_variants import Variant, variant_of
 from tests.processes import run_child
-from torchao_int4cpu.kernels.native.library import KERNEL_OF_MANY_ROWS, KERNELS
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNEL_OF_MANY_ROWS, KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 
-@pytest.fixture(scope="session", params=KERNELS)
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in DYNAMIC_KERNELS else ())
+        for name in KERNELS
+    ],
+)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
 
@@ -86,6 +92,7 @@ def test_one_pool_of_threads_and_a_forked_child() -> None:
     assert child == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults")
 def test_memory_of_a_call_is_kept_for_the_next() -> None:
     """Freed and taken anew between a model's own tensors, it was mapped page by page each time: 1143 to
@@ -97,6 +104,8 @@ def test_memory_of_a_call_is_kept_for_the_next() -> None:
     assert int(done.stdout) < 100
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_thread_ends_with_it() -> None:
     """Each keeps what its largest product needs, up to 24 MiB; many that came and went keep nothing."""
     if native_unavailable() is not None:

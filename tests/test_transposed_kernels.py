@@ -22,14 +22,28 @@ from torchao_int4cpu.kernels.native.library import TRANSPOSED_KERNELS, NativeLib
 from torchao_int4cpu.kernels.portable.prefill import prefill_transposed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.slow if d == torch.float16 else ()) for d in DTYPES],
+    ids=lambda d: str(d)[6:],
+)
 
 #: Few rows in registers, in one and in several passes; panels; more than a task; parts of tiles.
 ROWS = [1, 2, 4, 5, 8, 13, 17, 33, 73, 150]
 SHAPES = [(64, 64, 32), (100, 100, 32), (1, 1, 64), (300, 130, 128), (48, 512, 256), (2200, 90, 32)]
 
 
-@pytest.fixture(scope="session", params=TRANSPOSED_KERNELS)
+#: The same source as of AVX2, whose vectors are half as long.
+_SLOW = ("transposed_avx512",)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ())
+        for name in TRANSPOSED_KERNELS
+    ],
+)
 def variant(request: pytest.FixtureRequest) -> Variant:
     return variant_of(request.param)
 
