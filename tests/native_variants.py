@@ -29,6 +29,9 @@ OTHER_LIBRARY = "INT4CPU_TEST_LIBRARY"
 #: One kernel of each layout, and those that leave few rows to another.
 CALLED_KERNELS = ("int16_avx2", "int16_vbmi", "avx512_bf16", "amx")
 
+#: By kernel that is asked for: the one it leaves many rows to.
+KERNEL_OF_MANY_ROWS = {"amx": "amx_many"}
+
 #: Where AMX emulated in plain C++ is compiled to; removed when the process ends.
 _EMULATED = tempfile.TemporaryDirectory(prefix="emulated_amx")
 

@@ -42,6 +42,22 @@ def packed_in(groupwise: GroupwiseInt4, layout: NibbleLayout) -> PackedInt4:
     return PackedInt4(pack(codes, layout), tensor.scale_and_zero, groupwise.group_size, layout, n, k)
 
 
+#: How an activation may lie in memory.
+STRIDES = ("contiguous", "rows apart", "transposed", "expanded", "offset")
+
+
+def strided(values: Tensor, strides: str) -> Tensor:
+    """``[m, k]`` of ``values`` ``[m + 1, 2 * k + 1]`` that lies in memory as one of `STRIDES` says."""
+    m, k = values.shape[0] - 1, values.shape[1] // 2
+    return {
+        "contiguous": lambda: values[:m, :k].contiguous(),
+        "rows apart": lambda: values[:m, :k],
+        "transposed": lambda: values[:m, :k].t().contiguous().t(),
+        "expanded": lambda: values[:1, :k].expand(m, k),
+        "offset": lambda: values[1:, 1 : k + 1],
+    }[strides]()
+
+
 def product_bound(x: Tensor, weight: PackedInt4, out_dtype: torch.dtype, pieces: int = 1) -> Tensor:
     """How far a product of ours may be from `int4_mm_reference`, elementwise, in float64.
 

@@ -72,7 +72,12 @@ def test_the_error_of_each_number_is_within_the_bound(variant: Variant, dtype: t
 def test_the_error_is_what_is_said(
     variant: Variant, name: str, group_size: int, low: float, high: float
 ) -> None:
-    """From both sides: 8 bits were really used, for more than 16 rows only."""
+    """From both sides: 8 bits were really used, for more than 16 rows only.
+
+    The unit is the largest of a group over 127, the root mean square of a rounding unit / sqrt(12), and
+    the largest of 32 / 128 / 256 normal numbers 2.3 / 2.8 / 3.0 in the mean: 5.3e-3, 6.3e-3, 6.9e-3,
+    and 10% to either side. A spike of 1000 hides the others in the norm. 16 bits: 3.5e-5.
+    """
     weight = variant.random(256, 2048, group_size)
     x = activation(name, 64, 2048, torch.float32)
     exact = int4_mm_reference(x, weight)

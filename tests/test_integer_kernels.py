@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fixed_point import fixed_point_mm, fused, outliers, unit_of
-from tests.native_variants import Variant, runnable_libraries, variant_of
+from tests.native_variants import KERNEL_OF_MANY_ROWS, Variant, runnable_libraries, variant_of
 from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
 from torchao_int4cpu import Int4OpaqueTensor
 from torchao_int4cpu.format.layout import LAYOUTS
@@ -20,7 +20,6 @@ from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
 from torchao_int4cpu.kernels.native.library import (
     DYNAMIC_KERNELS,
     INTEGER_KERNELS,
-    KERNEL_OF_MANY_ROWS,
     TRANSPOSED_KERNELS,
 )
 from torchao_int4cpu.kernels.selection import native_unavailable

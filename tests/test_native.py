@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fixed_point import int8_slack
-from tests.native_variants import Variant, integers, variant_of, whole_numbers
-from tests.numerics import assert_product, packed_in, random_groupwise
+from tests.native_variants import KERNEL_OF_MANY_ROWS, Variant, integers, variant_of, whole_numbers
+from tests.numerics import STRIDES, assert_product, packed_in, random_groupwise, strided
 from tests.processes import run_child
 from tests.test_kernels import apart
 from torchao_int4cpu import native_layout
 from torchao_int4cpu.format.packed import PackedInt4, int4_mm_reference
-from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNEL_OF_MANY_ROWS, KERNELS
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNELS
 from torchao_int4cpu.kernels.portable.decode import decode
 from torchao_int4cpu.kernels.portable.prefill import prefill
 
@@ -95,7 +95,7 @@ def test_rows_of_a_larger_weight_are_exactly_those(variant: Variant) -> None:
     group_size=st.sampled_from([32, 64, 128, 256]),
     dtype=st.sampled_from(DTYPES),
     exponent=st.integers(-3, 3),
-    strides=st.sampled_from(["contiguous", "rows apart", "transposed", "expanded", "offset"]),
+    strides=st.sampled_from(STRIDES),
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_strides(
@@ -112,13 +112,7 @@ def test_any_shape_and_strides(
     weight = variant.random(n, k, group_size, seed)
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(m + 1, 2 * k + 1, generator=generator) * 10.0**exponent).to(dtype)
-    x = {
-        "contiguous": lambda: values[:m, :k].contiguous(),
-        "rows apart": lambda: values[:m, :k],
-        "transposed": lambda: values[:m, :k].t().contiguous().t(),
-        "expanded": lambda: values[:1, :k].expand(m, k),
-        "offset": lambda: values[1:, 1 : k + 1],
-    }[strides]()
+    x = strided(values, strides)
     y = variant.mm(x, weight)
     assert y.is_contiguous()
     check_product(variant, y, x, weight)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.native_variants import runnable_libraries
+from tests.native_variants import KERNEL_OF_MANY_ROWS, runnable_libraries
 from tests.numerics import packed_in, random_groupwise
 from torchao_int4cpu import get_kernel, native_layout, set_kernel
 from torchao_int4cpu.format.packed import PackedInt4
@@ -24,7 +24,6 @@ from torchao_int4cpu.kernels.native.library import (
     DYNAMIC_KERNELS,
     DYNAMIC_KERNELS_OF_LAYOUT,
     INTEGER_KERNELS,
-    KERNEL_OF_MANY_ROWS,
     KERNELS,
     KERNELS_OF_LAYOUT,
     TRANSPOSED_KERNELS,

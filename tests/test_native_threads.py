@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.native_variants import Variant, variant_of
+from tests.native_variants import KERNEL_OF_MANY_ROWS, Variant, variant_of
 from tests.processes import run_child
-from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNEL_OF_MANY_ROWS, KERNELS
+from torchao_int4cpu.kernels.native.library import DYNAMIC_KERNELS, KERNELS
 from torchao_int4cpu.kernels.selection import native_unavailable
 
 

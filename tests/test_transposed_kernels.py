@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.native_variants import Variant, integers, variant_of
-from tests.numerics import UNDERFLOW, UNIT, packed_in, random_groupwise
+from tests.numerics import STRIDES, UNDERFLOW, UNIT, packed_in, random_groupwise, strided
 from tests.processes import run_child
 from tests.test_kernels import apart
 from torchao_int4cpu import set_kernel
@@ -117,7 +117,7 @@ def test_float16_scales(variant: Variant) -> None:
     group_size=st.sampled_from([32, 64, 128, 256]),
     dtype=st.sampled_from(DTYPES),
     exponent=st.integers(-3, 3),
-    strides=st.sampled_from(["contiguous", "rows apart", "transposed", "expanded", "offset"]),
+    strides=st.sampled_from(STRIDES),
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_strides(
@@ -134,13 +134,7 @@ def test_any_shape_and_strides(
     weight = variant.random(n, k, group_size, seed)
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(m + 1, 2 * n + 1, generator=generator) * 10.0**exponent).to(dtype)
-    x = {
-        "contiguous": lambda: values[:m, :n].contiguous(),
-        "rows apart": lambda: values[:m, :n],
-        "transposed": lambda: values[:m, :n].t().contiguous().t(),
-        "expanded": lambda: values[:1, :n].expand(m, n),
-        "offset": lambda: values[1:, 1 : n + 1],
-    }[strides]()
+    x = strided(values, strides)
     assert_transposed(variant.mm_transposed(x, weight), x, weight, variant.name)
 
 
@@ -261,7 +255,7 @@ def test_activations_whose_memory_is_not_their_numbers(variant: Variant) -> None
 
 @pytest.mark.parametrize(
     "variant",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in TRANSPOSED_KERNELS)],
+    [pytest.param(name, marks=pytest.mark.slow) for name in TRANSPOSED_KERNELS],
     indirect=True,
 )
 def test_nothing_beyond_the_buffers_is_touched(variant: Variant) -> None:

@@ -66,9 +66,6 @@ TRANSPOSED_KERNELS_OF_LAYOUT = {
     "default": (),
 }
 
-#: By kernel that is asked for: the one it leaves many rows to. See `NativeLibrary.kernel_for`.
-KERNEL_OF_MANY_ROWS = {"amx": "amx_many"}
-
 #: The kernels that compute the same numbers all, whatever the CPU and the number of rows.
 INTEGER_KERNELS = tuple(name for name in KERNELS if name.startswith("int"))
 
@@ -326,7 +323,7 @@ class NativeLibrary:
 
         Raises:
             ValueError: the memory of the weight was freed.
-            MemoryError: there is none for a packed copy of x (at most 16 MiB, or 528 rows) and, with
+            MemoryError: there is none for a packed copy of x (at most 16 MiB, or 264 rows) and, with
                 AMX, for the sums of a task, 0.8 MiB a thread.
         """
         plain = self.plain_products.get(kernel)

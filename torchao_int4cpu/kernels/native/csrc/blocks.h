@@ -172,7 +172,8 @@ struct Blocks {
 
   // The first `count` of `Most` results, rounded, to element `at` of y.
   template <int Most>
-  static inline __attribute__((always_inline)) void store_some(const Problem& p, int64_t at, const float* y, int64_t count) {
+  static inline __attribute__((always_inline)) void store_some(const Problem& p, int64_t at,
+                                                               const float* y, int64_t count) {
     switch (p.dtype) {
       case int4cpu::kFloat32:
         memcpy(static_cast<float*>(p.y) + at, y, sizeof(float) * count);
@@ -186,7 +187,8 @@ struct Blocks {
   }
 
   template <int Most, void (*Round)(const float*, uint16_t*)>
-  static inline __attribute__((always_inline)) void store_rounded(uint16_t* to, const float* y, int64_t count) {
+  static inline __attribute__((always_inline)) void store_rounded(uint16_t* to, const float* y,
+                                                                  int64_t count) {
     alignas(64) uint16_t rounded[Most];
     for (int v = 0; v < Most; v += kLanes) Round(y + v, rounded + v);
     memcpy(to, rounded, sizeof(uint16_t) * count);

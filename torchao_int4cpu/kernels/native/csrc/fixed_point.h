@@ -235,4 +235,32 @@ struct Packing : Blocks<Isa> {
   }
 };
 
+// Multiplies in registers only: `Kernel::spin` of a dot product of `PerLane` numbers in 32 bits.
+template <class Isa, void (*Dot)(typename Isa::Ints&, typename Isa::Ints, typename Isa::Ints), int PerLane>
+int64_t spin_integers(int64_t rounds) {
+  typename Isa::Ints x = Isa::splat_int(0x01230123);
+  typename Isa::Ints acc[Isa::kRows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[r][v] = Isa::splat_int(0);
+  }
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 6
+    for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        __asm__ volatile("" : "+x"(x));  // or equal products are computed once
+        Dot(acc[r][v], x, x);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < Isa::kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) __asm__ volatile("" ::"x"(acc[r][v]));
+  }
+  return INT64_C(2) * Isa::kRows * 4 * Isa::kLanes * PerLane;
+}
+
 }  // namespace

@@ -223,32 +223,6 @@ struct Int16 : Packing<Isa, Fixed16> {
       multiply_block<false>(p, t, block, totals);
     }
   }
-
-  static int64_t spin(int64_t rounds) {
-    Ints x = Isa::splat_int(0x01230123);
-    Ints acc[Isa::kRows][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = Isa::splat_int(0);
-    }
-    for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 6
-      for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          __asm__ volatile("" : "+x"(x));  // or equal products are computed once
-          Isa::dot(acc[r][v], x, x);
-        }
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) __asm__ volatile("" ::"x"(acc[r][v]));
-    }
-    return INT64_C(2) * Isa::kRows * 4 * kLanes * 2;
-  }
 };
 
 // The kernel of an instruction set.
@@ -269,7 +243,7 @@ constexpr int4cpu::Kernel int16_kernel(const char* name) {
       .pack_rows = &Here::template pack_rows<&Here::place>,
       .multiply = &Here::multiply,
       .store = &Here::store,
-      .spin = &Here::spin,
+      .spin = &spin_integers<Isa, &Isa::dot, 2>,
   };
 }
 

@@ -94,8 +94,8 @@ struct Kernel {
   int64_t (*spin)(int64_t rounds);
 };
 
-// A multiple of every `tile_rows` (3, 6) and of the 16 rows of a tile; the float32 totals of such a task
-// and a block take 132 KiB of the stack, which a second-level cache holds beside the expanded block.
+// The float32 totals of so many rows and a block take 132 KiB of the stack, which a second-level cache holds
+// beside the expanded block. No task of a kernel is larger, or a half of it if it has chunks.
 constexpr int32_t kMaxTaskRows = 528;
 constexpr int32_t kMaxBlockRows = 64;
 // Of a transposed kernel.
@@ -111,14 +111,15 @@ constexpr int64_t kPrefetchGroups = 3;
 // A chunk of a block is 32 KiB, long enough for its totals to cost nothing beside it.
 constexpr int32_t kChunkColumns = 1024;
 
-// Rows of a task of the kernels with chunks, which needs totals twice; a multiple of the same.
+// Rows of a task of the kernels with chunks, which needs totals twice; a multiple of every `tile_rows`.
 constexpr int32_t kChunkedTaskRows = 240;
 static_assert(2 * kChunkedTaskRows <= kMaxTaskRows);
 
 // A product: y = x · Wᵀ + bias. x [m, k] with rows `x_stride` elements apart and columns 1, y [m, n]
 // contiguous, both in `dtype` (0 bfloat16, 1 float16, 2 float32); of a transposed kernel, y = x · W, x is
-// [m, n] and y [m, k]. The bias null, or [n] contiguous in `bias_dtype`. Scales and zeros in `qparams_dtype`, bfloat16 or float16; `qparams_stride` pairs lie from
-// one group to the next; of a single group it says nothing.
+// [m, n] and y [m, k]. The bias null, or [n] contiguous in `bias_dtype`. Scales and zeros in `qparams_dtype`,
+// bfloat16 or float16; `qparams_stride` pairs lie from one group to the next; of a single group it says
+// nothing.
 // One block of memory, because ctypes takes longer to convert 16 arguments than a small product takes.
 struct Call {
   int32_t kernel, dtype, group_size, threads, bias_dtype, qparams_dtype;

@@ -107,32 +107,6 @@ struct Int8 : Packing<Isa, Fixed8> {
       }
     }
   }
-
-  static int64_t spin(int64_t rounds) {
-    Ints x = Isa::splat_int(0x01030507);
-    Ints acc[Isa::kRows][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = Isa::splat_int(0);
-    }
-    for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 6
-      for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          __asm__ volatile("" : "+x"(x));  // or equal products are computed once
-          Isa::dot_bytes(acc[r][v], x, x);
-        }
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < Isa::kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) __asm__ volatile("" ::"x"(acc[r][v]));
-    }
-    return INT64_C(2) * Isa::kRows * 4 * kLanes * 4;
-  }
 };
 
 // Up to 16 rows have the same bits whatever was asked for, and gain nothing: memory takes the time.
@@ -155,7 +129,7 @@ constexpr int4cpu::Kernel int8_kernel(const char* name) {
       .pack_rows = &Here::template pack_rows<&Here::place>,
       .multiply = &Here::multiply,
       .store = &Here::store,
-      .spin = &Here::spin,
+      .spin = &spin_integers<Isa, &Isa::dot_bytes, 4>,
   };
 }
 

@@ -13,7 +13,7 @@
 
 namespace {
 
-// `Isa::Expander` turns the bytes of a column of a block into kVectors operands, and `Isa::place`
+// `Isa::ColumnExpander` turns the bytes of a column of a block into kVectors operands, and `Isa::place`
 // puts a block of `a` into the same order.
 template <class Isa>
 struct Transposed {
@@ -28,7 +28,7 @@ struct Transposed {
   static constexpr int kRows = Isa::kTileRows;        // of x that are multiplied together
   static constexpr int kColumns = Isa::kTileColumns;  // of W
   static constexpr int kFusedRows = Isa::kFusedRows;  // of x, if the columns stay in registers
-  static constexpr int kChunk = Isa::kChunk;  // rows of W
+  static constexpr int kChunk = Isa::kChunk;          // rows of W
   static constexpr int kTiles = (Isa::kTaskRows + kRows - 1) / kRows;
   // Of the rows of x of a task, times the scales of a group: [tile][vector][row of a tile].
   using Scaled = Element[kTiles][kChunk * kRows];
@@ -80,7 +80,7 @@ struct Transposed {
     const auto scale = [&](int64_t end, const auto& place, const auto& load) {
       for (; s < end; ++s, ++q, a += kVectors * kRows * kElements) {
         Vec scaled[4];
-        for (int64_t at = 0; at < kBlock * itemsize; at += 64) {
+        for (int64_t at = 0; at < kBlock * itemsize; at += 64) {  // of the next row, in another page
           _mm_prefetch(from + s * kBlock * itemsize + p.x_stride * itemsize + at, _MM_HINT_T1);
         }
 #pragma GCC unroll 4
@@ -219,8 +219,8 @@ struct Transposed {
   }
 
   template <int Rows>
-  __attribute__((noinline)) static void multiply_tile(const Operand* panel, int64_t vectors, const Element* a,
-                                             float* totals, int32_t stride) {
+  __attribute__((noinline)) static void multiply_tile(const Operand* panel, int64_t vectors,
+                                                      const Element* a, float* totals, int32_t stride) {
     Vec acc[Rows][kColumns];
     clear<Rows>(acc);
     for (int64_t i = 0; i < vectors; ++i, panel += kColumns, a += kRows * kElements) {
@@ -291,11 +291,13 @@ struct Transposed {
   // Nothing is packed before the tasks: `a` depends on the group.
   static void find_factors(const Problem& p, int64_t row, int64_t row_end) {
     for (; row < row_end; ++row) {
-      Vec largest = Isa::splat(0.0F);
-      for (int64_t n = 0; n < p.n; n += kLanes) {
-        largest = Isa::larger_magnitude(largest, Base::load_x(p, row, n));
+      uint32_t most = 0;
+      for (int64_t s = 0; s < p.steps; ++s) {
+        alignas(64) float x[kBlock];
+        const uint32_t bits = Base::load_x(p, row, s * p.step, 1.0F, x);
+        most = bits > most ? bits : most;
       }
-      p.row_factor[row] = row_factor_for(from_bits(Isa::largest_lane_bits(largest)));
+      p.row_factor[row] = row_factor_for(from_bits(most));
     }
   }
 
@@ -321,9 +323,16 @@ struct Transposed {
   }
 };
 
+// Whether the totals of a task and of a chunk, one after the other, fit where the driver has them.
+template <class Isa>
+constexpr bool totals_fit() {
+  return 2 * Isa::kTaskRows * int4cpu::kMaxBlockColumns <= int4cpu::kMaxTaskRows * int4cpu::kMaxBlockRows;
+}
+
 template <class Isa>
 constexpr int4cpu::Kernel transposed_kernel(const char* name) {
   using Here = Transposed<Isa>;
+  static_assert(totals_fit<Isa>());
   return {
       .name = name,
       .transposed = true,

@@ -12,6 +12,7 @@ struct AmxTransposed : Bf16Transposed {
 };
 
 using Here = Transposed<AmxTransposed>;
+static_assert(totals_fit<AmxTransposed>());
 
 constexpr int kElements = Here::kElements;  // of a row of a tile of x
 constexpr int kTogether = 2 * kTile;        // rows of x, and columns of W, in work together
