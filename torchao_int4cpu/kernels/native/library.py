@@ -47,7 +47,9 @@ KERNELS = tuple(LAYOUT_OF_KERNEL)
 #: The same for ``x · W``, which follow those in ``kKernels``.
 LAYOUT_OF_TRANSPOSED_KERNEL = {
     "transposed_avx2": "avx2",
+    "transposed_avx_vnni": "avx2",
     "transposed_avx512": "avx512",
+    "transposed_avx512_vnni": "avx512",
     "transposed_avx512_bf16": "avx512",
     "transposed_amx": "avx512",
 }
@@ -61,8 +63,13 @@ KERNELS_OF_LAYOUT = {
 }
 
 TRANSPOSED_KERNELS_OF_LAYOUT = {
-    "avx512": ("transposed_amx", "transposed_avx512_bf16", "transposed_avx512"),
-    "avx2": ("transposed_avx2",),
+    "avx512": (
+        "transposed_amx",
+        "transposed_avx512_bf16",
+        "transposed_avx512_vnni",
+        "transposed_avx512",
+    ),
+    "avx2": ("transposed_avx_vnni", "transposed_avx2"),
     "default": (),
 }
 
@@ -340,7 +347,8 @@ class NativeLibrary:
         """``x · W`` with one of `transposed_kernels`: x ``[M, N]``, M >= 0, to ``[M, K]`` in its dtype.
 
         Codes are multiplied exactly, by x times the scale of their row. That product is rounded to
-        bfloat16 by ``transposed_avx512_bf16`` and ``transposed_amx``; the others compute in float32.
+        bfloat16 by ``transposed_avx512_bf16`` and ``transposed_amx``, by the others to a multiple of
+        2^-14 of its largest number in a group and 2048 rows of W, or a finer one.
 
         Raises:
             ValueError: the memory of the weight was freed.

@@ -1,5 +1,5 @@
 // AVX2 with FMA and F16C (Haswell and Zen on): float32 products on the AVX2 layout.
-#include "transposed.h"
+#include "gemm.h"
 #include "vec256.h"
 
 namespace {
@@ -73,26 +73,6 @@ struct Avx2 : Vec256 {
   }
 };
 
-// Registers for 12 sums, 2 operands of W and one of x.
-struct Avx2Transposed : Avx2 {
-  using ColumnExpander = Expander256;
-  static constexpr int kTileRows = 6;
-  static constexpr int kChunk = 1024;  // 4 KiB of a row, so that a first-level cache holds a tile
-  static constexpr int kTaskRows = 96;  // of which `a` takes 384 KiB, for a second-level cache
-  // A 4096 x 4096 weight, 2 threads of a Zen 5, columns in registers / in a panel, ms: M = 2 0.59 / 0.80, M = 4
-  // (in two passes) 1.12 / 0.99.
-  static constexpr int kFusedRows = 2;
-  static constexpr int kMostFused = 2;
-  static constexpr int kTileColumns = 2;
-
-  static Operand load_operand(const Element* from) { return load(from); }
-  static void place(const Vec (&rows)[4], Element* to, int64_t stride) {
-    alignas(32) float block[4 * kLanes];
-    for (int v = 0; v < 4; ++v) store(block + v * kLanes, rows[v]);
-    for (int v = 0; v < 4; ++v) store(to + v * stride, take(block, v));
-  }
-};
-
 using Here = Gemm<Avx2>;
 
 }  // namespace
@@ -113,5 +93,3 @@ const int4cpu::Kernel int4cpu::kAvx2 = {
     .store = &Here::store,
     .spin = &Here::spin,
 };
-
-const int4cpu::Kernel int4cpu::kTransposedAvx2 = transposed_kernel<Avx2Transposed>("transposed_avx2");

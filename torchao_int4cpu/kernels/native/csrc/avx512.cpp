@@ -1,5 +1,5 @@
 // AVX-512 without bfloat16 instructions (Skylake-SP to Ice Lake): float32 products.
-#include "transposed.h"
+#include "gemm.h"
 #include "vec512.h"
 
 namespace {
@@ -48,21 +48,6 @@ struct Avx512 : InOrder512 {
   }
 };
 
-struct Avx512Transposed : Avx512 {
-  using ColumnExpander = Expander512;
-  static constexpr int kChunk = 1024;  // 4 KiB of a row, so that a first-level cache holds a tile
-  static constexpr int kTaskRows = 96;  // of which `a` takes 384 KiB, for a second-level cache
-  // As in avx2.cpp: M = 4 0.38 / 0.47, M = 8 0.70 / 0.80, M = 12 1.07 / 1.06.
-  static constexpr int kFusedRows = 4;
-  static constexpr int kMostFused = 8;
-  static constexpr int kTileColumns = 4;
-
-  static Operand load_operand(const Element* from) { return load(from); }
-  static void place(const Vec (&rows)[4], Element* to, int64_t stride) {
-    for (int v = 0; v < 4; ++v) store(to + v * stride, rows[v]);
-  }
-};
-
 using Here = Gemm<Avx512>;
 
 }  // namespace
@@ -83,6 +68,3 @@ const int4cpu::Kernel int4cpu::kAvx512 = {
     .store = &Here::store,
     .spin = &Here::spin,
 };
-
-const int4cpu::Kernel int4cpu::kTransposedAvx512 =
-    transposed_kernel<Avx512Transposed>("transposed_avx512");

@@ -1,5 +1,6 @@
 // AVX-512 with bfloat16 dot products (Zen 4 and on, Sapphire Rapids and on).
 #include "bf16.h"
+#include "gemm.h"
 #include "transposed.h"
 
 namespace {
@@ -31,4 +32,4 @@ const int4cpu::Kernel int4cpu::kAvx512Bf16 = {
 };
 
 const int4cpu::Kernel int4cpu::kTransposedAvx512Bf16 =
-    transposed_kernel<Bf16Transposed>("transposed_avx512_bf16");
+    transposed_kernel<Bf16Transposed>("transposed_avx512_bf16", &Here::spin);

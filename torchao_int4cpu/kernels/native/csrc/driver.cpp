@@ -31,7 +31,8 @@ enum KernelIndex : int32_t {
   kInt16Avx2, kInt16AvxVnni, kInt16Avx512, kInt16Avx512Vnni, kInt16Vbmi,
   kInt8Amx,
   kDynamicAvxVnni, kDynamicAvx512Vnni, kDynamicAmx,
-  kTransposedAvx2, kTransposedAvx512, kTransposedAvx512Bf16, kTransposedAmx,
+  kTransposedAvx2, kTransposedAvxVnni, kTransposedAvx512, kTransposedAvx512Vnni, kTransposedAvx512Bf16,
+  kTransposedAmx,
   kKernelCount,
 };
 const Kernel* const kKernels[kKernelCount] = {
@@ -42,7 +43,8 @@ const Kernel* const kKernels[kKernelCount] = {
     &int4cpu::kInt16Avx512Vnni, &int4cpu::kInt16Vbmi,
     &int4cpu::kInt8Amx,        &int4cpu::kDynamicAvxVnni,
     &int4cpu::kDynamicAvx512Vnni, &int4cpu::kDynamicAmx,
-    &int4cpu::kTransposedAvx2, &int4cpu::kTransposedAvx512,
+    &int4cpu::kTransposedAvx2, &int4cpu::kTransposedAvxVnni,
+    &int4cpu::kTransposedAvx512, &int4cpu::kTransposedAvx512Vnni,
     &int4cpu::kTransposedAvx512Bf16, &int4cpu::kTransposedAmx,
 };
 
@@ -88,15 +90,15 @@ uint32_t find_kernels() {
   const bool bf16 = avx512 && (leaf7_c & kVbmi) && (leaf7_1a & kBf16);
   const bool tiles = bf16 && ((leaf7_d & kTileBf16) == kTileBf16 || kEmulateTiles);
   const bool usable = tiles && ((states & kTiles) == kTiles || kEmulateTiles) && may_use_tiles();
-  const bool vnni = avx512 && (leaf7_c & kVnni);
+  const bool vnni = avx512 && (leaf7_c & kVnni), avx_vnni = avx2 && (leaf7_1a & kAvxVnni);
   const bool bytes = usable && vnni && (leaf7_c & kVbmi2) && ((leaf7_d & kTileBytes) || kEmulateTiles);
   return avx2 << kAvx2 | avx512 << kAvx512 | bf16 << kAvx512Bf16 | usable << kAmx | usable << kAmxMany |
-         avx2 << kInt16Avx2 | (avx2 && (leaf7_1a & kAvxVnni)) << kInt16AvxVnni |
+         avx2 << kInt16Avx2 | avx_vnni << kInt16AvxVnni |
          avx512 << kInt16Avx512 | vnni << kInt16Avx512Vnni |
          (vnni && (leaf7_c & kVbmi)) << kInt16Vbmi | bytes << kInt8Amx |
-         (avx2 && (leaf7_1a & kAvxVnni)) << kDynamicAvxVnni | vnni << kDynamicAvx512Vnni |
-         bytes << kDynamicAmx | avx2 << kTransposedAvx2 |
-         avx512 << kTransposedAvx512 | bf16 << kTransposedAvx512Bf16 |
+         avx_vnni << kDynamicAvxVnni | vnni << kDynamicAvx512Vnni |
+         bytes << kDynamicAmx | avx2 << kTransposedAvx2 | avx_vnni << kTransposedAvxVnni |
+         avx512 << kTransposedAvx512 | vnni << kTransposedAvx512Vnni | bf16 << kTransposedAvx512Bf16 |
          usable << kTransposedAmx;
 }
 

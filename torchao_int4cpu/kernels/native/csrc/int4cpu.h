@@ -148,7 +148,9 @@ extern const Kernel kDynamicAvxVnni;
 extern const Kernel kDynamicAvx512Vnni;
 extern const Kernel kDynamicAmx;
 extern const Kernel kTransposedAvx2;
+extern const Kernel kTransposedAvxVnni;
 extern const Kernel kTransposedAvx512;
+extern const Kernel kTransposedAvx512Vnni;
 extern const Kernel kTransposedAvx512Bf16;
 extern const Kernel kTransposedAmx;
 

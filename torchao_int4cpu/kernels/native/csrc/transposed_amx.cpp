@@ -131,16 +131,16 @@ void multiply_32(const uint16_t* x, const uint16_t* x_below, const Panel& panel,
 void multiply(const Problem& p, const Task& t, float* totals) {
   const int64_t rows = t.row_end - t.row, tiles = (rows + kTile - 1) / kTile;
   const int32_t columns = p.block_columns;
-  alignas(64) Here::Scaled a = {};
+  alignas(64) Here::Scaled scaled = {};
   alignas(64) Panel panel;
   alignas(64) float sums[kTogether][kTogether];
-  Here::scale_rows(p, t, kTile, a, totals);
+  Here::scale_rows(p, t, kTile, scaled, totals);
   const TileConfig config;
   TILE_BEGIN(config);  // each thread has its own, and others may have changed it
   for (int32_t c = 0; c < columns; c += kTogether) {
     expand_columns(p, t, t.block * columns + c, panel);
     for (int64_t tile = 0; tile < tiles; tile += 2) {
-      multiply_32(a[tile], a[tile + 1], panel, (t.step_end - t.step) * Here::kVectors, sums[0]);
+      multiply_32(scaled.a[tile], scaled.a[tile + 1], panel, (t.step_end - t.step) * Here::kVectors, sums[0]);
       for (int64_t i = tile; i < tile + 2 && i < tiles; ++i) {
         const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
         for (int64_t r = first; r < end; ++r) {
@@ -167,7 +167,7 @@ const int4cpu::Kernel int4cpu::kTransposedAmx = {
     .block_rows = Here::kBlock,
     .max_step = int4cpu::kMaxBlockColumns,
     .element_bytes = 0,
-    .record_bytes = 0,
+    .record_bytes = sizeof(float),
     .row_multiple = 1,
     .task_rows = AmxTransposed::kTaskRows,
     .tile_rows = kTogether,
