@@ -60,7 +60,7 @@ MODULES = {
     ],
     "distributed": ["collectives", "fsdp", "ddp", "quantize_shards", "shared_memory"],
     "checkpoint": ["pickles", "safetensors", "inspect"],
-    "importers": ["torchao"],
+    "importers": ["torchao", "words", "groups", "gptq", "awq", "compressed_tensors", "gguf"],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
     "convert": ["plan", "directory"],
     "integrations": [
@@ -76,6 +76,8 @@ MODULES = {
         "transformers_conv1d",
         "transformers_report",
         "transformers_saving",
+        "transformers_quantizers",
+        "transformers_imports",
         "vllm",
     ],
     "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],

@@ -64,9 +64,7 @@ def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
     assert f", layout {capability}, " in output  # the header: see conftest
 
 
-@pytest.mark.parametrize(
-    "capability", [_param(name, marks=(pytest.mark.slow,) * (name == "avx2")) for name in OTHERS]
-)
+@pytest.mark.parametrize("capability", [_param(name, marks=(pytest.mark.slow,)) for name in OTHERS])
 def test_layout_and_weight_hold(capability: str) -> None:
     """The layout against the op, what a weight is, and its product, with that instruction set."""
     names = ("layout", "tensor", "slicing", "kernels", "float16_scales")

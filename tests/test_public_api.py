@@ -21,6 +21,7 @@ def test_public_names() -> None:
         "filter_fn",
         "get_activations",
         "get_kernel",
+        "import_checkpoints",
         "load_prototype",
         "load_torchao_checkpoint",
         "native_layout",

@@ -1,0 +1,163 @@
+"""Checkpoints in the formats of other tools, written by their layouts from codes, points and scales."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchao_int4cpu.importers.awq import ORDER
+from torchao_int4cpu.importers.words import pack_words
+
+
+class Foreign(NamedTuple):
+    """A weight ``[N, K]`` as these tools have it: ``W = (code - point) * scale``, exact in float32."""
+
+    codes: Tensor  # uint8 [N, K]
+    points: Tensor  # int64 [N, G], 0 to 15
+    scale: Tensor  # float16 [N, G]
+    group_size: int
+
+    def dense(self) -> Tensor:
+        groups = torch.arange(self.codes.shape[1]) // self.group_size
+        return (self.codes.double() - self.points[:, groups]) * self.scale[:, groups].double()
+
+
+def foreign(weight: Tensor, group_size: int, symmetric: bool) -> Foreign:
+    """Rounded to nearest: zero points 8, or 1 to 15."""
+    k = weight.shape[1]
+    group_size = min(group_size, k) if group_size > 0 else k
+    padded = torch.nn.functional.pad(weight.float(), (0, -k % group_size))
+    grouped = padded.unflatten(1, (-1, group_size))
+    if symmetric:
+        scale = (grouped.abs().amax(-1) / 7.5).half()
+        points = torch.full(scale.shape, 8)
+    else:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scale = ((high - low) / 15).half()
+        points = (-low / scale.float()).round().clamp(1, 15).long()
+    codes = (grouped / scale.float()[..., None]).round() + points[..., None]
+    codes = codes.clamp(0, 15).to(torch.uint8).flatten(1)[:, :k]
+    return Foreign(codes, points, scale, group_size)
+
+
+def _padded(t: Tensor, dim: int) -> Tensor:
+    """To a multiple of 8 along ``dim``."""
+    missing = -t.shape[dim] % 8
+    return torch.cat([t, t.new_zeros(*t.shape[:dim], missing, *t.shape[dim + 1 :])], dim)
+
+
+def gptq_parts(weight: Foreign, version: int = 1) -> dict[str, Tensor]:
+    k = weight.codes.shape[1]
+    return {
+        "qweight": pack_words(_padded(weight.codes.t(), 0), 0),
+        "qzeros": pack_words(_padded(weight.points.t() - int(version == 1), 1), 1),
+        "scales": weight.scale.t().contiguous(),
+        "g_idx": (torch.arange(k) // weight.group_size).int(),
+    }
+
+
+def awq_parts(weight: Foreign) -> dict[str, Tensor]:
+    return {
+        "qweight": pack_words(_padded(weight.codes.t(), 1), 1, ORDER),
+        "qzeros": pack_words(_padded(weight.points.t(), 1), 1, ORDER),
+        "scales": weight.scale.t().contiguous(),
+    }
+
+
+def compressed_tensors_parts(weight: Foreign, symmetric: bool = False) -> dict[str, Tensor]:
+    parts = {
+        "weight_packed": pack_words(_padded(weight.codes, 1), 1),
+        "weight_scale": weight.scale,
+        "weight_shape": torch.tensor(weight.codes.shape),
+    }
+    if not symmetric:
+        parts["weight_zero_point"] = pack_words(_padded(weight.points, 0), 0)
+    return parts
+
+
+def config_of_format(format: str, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """The ``quantization_config``; formats are "gptq", "gptq_v2", "awq" and "compressed-tensors"."""
+    if format == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
+    if format == "compressed-tensors":
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "group",
+            "group_size": group_size,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "desc_act": False,
+        "sym": symmetric,
+        "checkpoint_format": format,
+    }
+
+
+def parts_of(format: str, weight: Foreign, symmetric: bool) -> dict[str, Tensor]:
+    if format == "awq":
+        return awq_parts(weight)
+    if format == "compressed-tensors":
+        return compressed_tensors_parts(weight, symmetric)
+    return gptq_parts(weight, 2 if format == "gptq_v2" else 1)
+
+
+def save_foreign(
+    folder: Path,
+    model: Any,
+    format: str,
+    group_size: int = 32,
+    symmetric: bool = False,
+    *,
+    head: bool = False,
+) -> dict[str, Foreign]:
+    """Write a model with all linear layers (but the head) in 4 bits; return these by their names.
+
+    The experts of a layer, which transformers stacks, are written one by one, as these tools do.
+    """
+    state, weights = {}, {}
+    for name, tensor in model.state_dict().items():
+        for key, matrix in _matrices(name, tensor):
+            if matrix.ndim != 2 or not ("proj" in key or (head and "lm_head" in key)):
+                state[key] = matrix.clone()
+                continue
+            weights[key] = foreign(matrix, group_size, symmetric)
+            for part, value in parts_of(format, weights[key], symmetric).items():
+                state[f"{key.removesuffix('weight')}{part}"] = value.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["quantization_config"] = config_of_format(format, group_size, symmetric)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def _matrices(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    stem, _, last = name.rpartition(".")
+    if last == "gate_up_proj":
+        halves = [("gate_proj", 0), ("up_proj", 1)]
+        return [
+            (f"{stem}.{e}.{half}.weight", expert.chunk(2)[i])
+            for e, expert in enumerate(tensor)
+            for half, i in halves
+        ]
+    if last == "down_proj":
+        return [(f"{stem}.{e}.down_proj.weight", expert) for e, expert in enumerate(tensor)]
+    return [(name, tensor)]

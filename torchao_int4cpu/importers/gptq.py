@@ -1,0 +1,101 @@
+"""Weights of GPTQ checkpoints (AutoGPTQ, GPTQModel), 4 bits.
+
+Stored transposed, a word holds 8 columns of a row of W (an output)::
+
+    qweight  int32    [K/8, N]   nibble i of qweight[r, n] is the code of W[n, 8 r + i]
+    qzeros   int32    [G, N/8]   nibble i of qzeros[g, c] is the zero point of row 8 c + i; less 1 in
+                                 version 1, which has no zero point 0
+    scales   float16  [G, N]
+    g_idx    int32    [K]        the group of each column
+
+    W[n, k] = scales[g_idx[k], n] * (code - zero point)
+
+Layout read from GPTQModel's ``nn_modules/qlinear`` and checked against what it writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
+from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
+from torchao_int4cpu.importers.words import CODES, check_part, check_words, unpack_words
+
+
+def groupwise_of_gptq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    k: int,
+    version: int = 1,
+    group_size: int | None = None,
+) -> GroupwiseInt4:
+    """A weight of a GPTQ checkpoint, codes exact; scale and zero float32, as the file means them.
+
+    Args:
+        qweight: int32 ``[K/8, N]``.
+        qzeros: int32 ``[G, N/8]``.
+        scales: float16, bfloat16 or float32 ``[G, N]``.
+        g_idx: int32 ``[K]``, or None for groups in order.
+        k: K.
+        version: 1, whose zero points are stored less 1 (``checkpoint_format`` "gptq"), or 2
+            ("gptq_v2").
+        group_size: of the checkpoint, see `group_size_of`.
+
+    Raises:
+        TypeError: a part has the wrong dtype.
+        ValueError: not 4 bits, parts that do not fit together, groups whose columns do not follow each
+            other (``desc_act``), or of a size that there is not here.
+    """
+    if qweight.ndim != 2 or scales.ndim != 2:
+        raise ValueError(
+            f"qweight and scales have {qweight.ndim} and {scales.ndim} dimensions; both must have 2, "
+            "so the file is damaged"
+        )
+    groups, n = scales.shape
+    bits = 32 * qweight.shape[0] / k
+    if qweight.shape[0] != -(-k // CODES):
+        raise ValueError(
+            f"qweight has {qweight.shape[0]} rows for {k} inputs, {bits:.3g} bits a weight; only 4 "
+            "bits are read, so take a checkpoint of 4 bits, or load this one with GPTQModel"
+        )
+    check_words(qweight=(qweight, (-(-k // CODES), n)), qzeros=(qzeros, (groups, -(-n // CODES))))
+    check_part("scales", scales, FLOAT_DTYPES, (groups, n))
+    group_size = group_size_of(k, groups, group_size)
+    check_order(g_idx, k, groups, group_size)
+    codes = unpack_words(qweight, 0)[:k].t()
+    points = unpack_words(qzeros, 1)[:, :n].t().float()
+    scale = scales.t().float()
+    return in_our_groups(codes, scale, (CODE_OFFSET - points - int(version == 1)) * scale, group_size)
+
+
+def check_order(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> None:
+    """Check that groups are of columns that follow each other.
+
+    Args:
+        g_idx: the group of each column; None for groups in order.
+        k: K.
+        groups: the number of groups.
+        group_size: columns of a group.
+
+    Raises:
+        TypeError: ``g_idx`` is no tensor of integers.
+        ValueError: it names a group that there is not, or groups are not in order.
+    """
+    if g_idx is None:
+        return
+    check_part("g_idx", g_idx, (torch.int32, torch.int64), (k,))
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise ValueError(
+            f"g_idx has groups from {int(g_idx.min())} to {int(g_idx.max())} beside {groups} groups of "
+            "scales; the file is damaged"
+        )
+    if not torch.equal(g_idx.long(), torch.arange(k) // group_size):
+        raise ValueError(
+            "g_idx gives the columns of a group in another order (desc_act, act-order), which is not "
+            "read yet; take a checkpoint with desc_act=false, or load this one with GPTQModel after "
+            "torchao_int4cpu.import_checkpoints(False)"
+        )
