@@ -77,6 +77,7 @@ MODULES = {
         "transformers_report",
         "transformers_saving",
         "transformers_quantizers",
+        "transformers_gguf",
         "transformers_imports",
         "vllm",
     ],

@@ -21,18 +21,19 @@ TABLES_MODULE = "transformers.quantizers.auto"
 MODEL_MODULE = "transformers.modeling_utils"
 
 #: The ``quant_method`` of what is read.
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "gguf")
 
 _enabled = True
 _device_map: ContextVar[object] = ContextVar("device_map of from_pretrained", default=None)
 
 
 def import_checkpoints(enabled: bool = True) -> None:
-    """Have `from_pretrained` give 4-bit weights of this package for GPTQ, AWQ and compressed-tensors.
+    """Whether `from_pretrained` reads GPTQ, AWQ, compressed-tensors and GGUF with this package.
 
     It does so from the import of this package on, where a model is loaded for the CPU: no accelerator
-    is there, or ``device_map="cpu"`` says so. Otherwise, and after ``import_checkpoints(False)``,
-    transformers loads these checkpoints as it does without this package.
+    is there, or ``device_map="cpu"`` says so. Weights in 4 bits become `Int4OpaqueTensor`, codes
+    exact. Otherwise, and after ``import_checkpoints(False)``, transformers loads these checkpoints as
+    it does without this package.
     """
     global _enabled
     _enabled = enabled
@@ -53,10 +54,15 @@ class _Choice:
         self.method, self.theirs = method, theirs
 
     def __call__(self, config: Any, pre_quantized: bool = True, **others: Any) -> Any:
-        if _enabled and pre_quantized and _for_cpu():
-            from torchao_int4cpu.integrations.transformers_quantizers import QUANTIZERS
+        if _enabled and _for_cpu():
+            if self.method == "gguf" and not config.dequantize:
+                from torchao_int4cpu.integrations.transformers_gguf import Gguf
 
-            return QUANTIZERS[self.method](config, pre_quantized=pre_quantized, **others)
+                return Gguf(config, pre_quantized=pre_quantized, **others)
+            if self.method != "gguf" and pre_quantized:
+                from torchao_int4cpu.integrations.transformers_quantizers import QUANTIZERS
+
+                return QUANTIZERS[self.method](config, pre_quantized=pre_quantized, **others)
         return self.theirs(config, pre_quantized=pre_quantized, **others)
 
     def __getattr__(self, name: str) -> Any:  # of the class that others look for here
@@ -83,8 +89,8 @@ class _ConfigChoice:
 def _patch(tables: ModuleType) -> None:
     """Replace entries of transformers' tables, and have the device map known where they are asked."""
     for method in METHODS:
-        theirs = tables.AUTO_QUANTIZER_MAPPING[method]
-        if not isinstance(theirs, _Choice):
+        theirs = tables.AUTO_QUANTIZER_MAPPING.get(method)  # of GGUF only in newer releases
+        if theirs is not None and not isinstance(theirs, _Choice):
             tables.AUTO_QUANTIZER_MAPPING[method] = _Choice(method, theirs)
     configs = tables.AUTO_QUANTIZATION_CONFIG_MAPPING
     if not isinstance(configs["compressed-tensors"], _ConfigChoice):

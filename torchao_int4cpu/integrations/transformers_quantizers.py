@@ -112,16 +112,7 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Hand the model over to transformers' quantizer of torchao, which saves it."""
-        model._weight_conversions = None
-        if not int4_groups(model):
-            self.remove_quantization_config(model)
-            return model
-        config = config_of(model)
-        model.config.quantization_config = config
-        model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
-        model.quantization_method = config.quant_method
-        return model.hf_quantizer._process_model_after_weight_loading(model, **kwargs)
+        return hand_over(self, model, **kwargs)
 
     def is_serializable(self) -> bool:
         return True
@@ -133,6 +124,19 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def hand_over(quantizer: Any, model: Any, **kwargs: Any) -> Any:
+    """Hand a model that was loaded over to transformers' quantizer of torchao, which saves it."""
+    model._weight_conversions = None
+    if not int4_groups(model):
+        quantizer.remove_quantization_config(model)
+        return model
+    config = config_of(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
+    model.quantization_method = config.quant_method
+    return model.hf_quantizer._process_model_after_weight_loading(model, **kwargs)
 
 
 class Gptq(ImportingQuantizer):
