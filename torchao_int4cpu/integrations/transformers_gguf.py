@@ -28,6 +28,12 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 class Gguf(GgufHfQuantizer):  # type: ignore[misc]  # transformers has no annotations
     """transformers' quantizer, but 4-bit weights of linear layers stay as they are."""
 
+    def update_dtype(self, dtype: torch.dtype | None) -> Any:
+        if self.supported:
+            return super().update_dtype(dtype)
+        self.dtype = dtype or torch.get_default_dtype()  # any is fast: no kernel asks for float32
+        return self.dtype
+
     def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, Any]:
         if self.supported:
             state: dict[str, Any] = super().get_state_dict(checkpoint_file, model)
