@@ -81,7 +81,17 @@ MODULES = {
         "transformers_imports",
         "vllm",
     ],
-    "bench": ["timing", "layers", "experts", "views", "plot", "demo", "model_variants", "model"],
+    "bench": [
+        "timing",
+        "layers",
+        "experts",
+        "views",
+        "plot",
+        "demo",
+        "demo_gguf",
+        "model_variants",
+        "model",
+    ],
     "commands": [
         "options",
         "environment",

