@@ -469,6 +469,7 @@ def _run_again(*names: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_other_tests_hold() -> None:
     _run_again("safetensors_format")
 

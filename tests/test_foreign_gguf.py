@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from tests.test_foreign_models import IDS, logits
 from torchao_int4cpu import Int4OpaqueTensor, import_checkpoints
+from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.importers.gguf import KINDS
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 256, 512, 320
@@ -131,3 +132,17 @@ def test_a_cut_off_file_is_an_error(size: int, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(whole[:size])
     with pytest.raises((ValueError, OSError, IndexError, struct.error)):  # of those who read headers
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_says_what_of_a_file_is_kept(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "model.gguf", kind)
+    assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 0
+    printed = capsys.readouterr().out
+    assert "GGUF, read by transformers' from_pretrained" in printed
+    assert "4-bit weights  14, once it is loaded\nother tensors  5 F32, 1 Q8_0\n" in printed
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 1
+    assert "is no whole GGUF file" in capsys.readouterr().err

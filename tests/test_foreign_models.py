@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from tests.foreign_checkpoints import Foreign, save_foreign
 from torchao_int4cpu import Int4OpaqueTensor, import_checkpoints
+from torchao_int4cpu import __main__ as cli
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93, 238]])
@@ -249,3 +250,15 @@ def test_a_damaged_file_is_no_model(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inspect_says_what_becomes_4_bit(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_foreign(tmp_path, tiny_llama(), format)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    name = "gptq" if format == "gptq_v2" else format
+    assert f"format         {name}, read by transformers' from_pretrained" in printed
+    assert "4-bit weights  14, once it is loaded\nother tensors  7 dense\n" in printed

@@ -1,6 +1,6 @@
 """A GGUF file as it is, its 4-bit weights kept, next to the dense float32 model that it stands for.
 
-Needs the ``demo`` extra and the package ``gguf``. Nothing here prints.
+Needs the extras ``demo`` and ``gguf``. Nothing here prints.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def answer(file: Path, prompt: str, new_tokens: int, progress: Progress) -> Gguf
         ValueError: the prompt is too short.
     """
     transformers = import_extra("transformers", "demo")
-    import_extra("gguf", "demo")
+    import_extra("gguf", "gguf")
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     progress(f"loading the tokenizer of {file.name}", 0, 0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)

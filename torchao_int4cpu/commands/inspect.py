@@ -9,6 +9,7 @@ from pathlib import Path
 from torchao_int4cpu.checkpoint.inspect import Contents, Weight, inspect
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.format.layout import native_layout
+from torchao_int4cpu.importers.survey import Survey, survey_of_directory, survey_of_gguf
 
 
 def add_to(commands: Commands) -> None:
@@ -22,11 +23,19 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found."""
+    if args.path.suffix == ".gguf" and args.path.is_file():
+        print(f"{'files':<14} 1, {_size([args.path])}")
+        _print_survey(survey_of_gguf(args.path))
+        return 0
     contents = inspect(args.path, verify=args.verify)
     print(f"{'files':<14} {len(contents.files)}, {_size(contents.files)}")
     if contents.quantization is not None:
         print(f"{'config.json':<14} {_quantization(contents.quantization)}")
-    _print_weights(contents)
+    survey = survey_of_directory(contents.quantization, [tensor.key for tensor in contents.others])
+    if survey is None:
+        _print_weights(contents)
+    else:
+        _print_survey(survey)
     if args.tensors:
         _print_tensors(contents)
     if args.verify:
@@ -51,6 +60,13 @@ def _print_weights(contents: Contents) -> None:
         )
     others = sum(tensor.nbytes for tensor in contents.others)
     print(f"{'other tensors':<14} {len(contents.others)}, {others / 1e9:.3f} GB")
+
+
+def _print_survey(survey: Survey) -> None:
+    others = ", ".join(f"{count} {what}" for what, count in survey.others.items())
+    print(f"{'format':<14} {survey.format}, read by transformers' from_pretrained beside this package")
+    print(f"{'4-bit weights':<14} {survey.read}, once it is loaded")
+    print(f"{'other tensors':<14} {others or 'none'}")
 
 
 def _kind(weight: Weight) -> tuple[int, str, str, str]:
