@@ -237,6 +237,31 @@ def test_what_the_config_says_is_refused_at_once(
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+def test_other_bits_are_left_to_a_package_that_reads_them(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, get_hf_quantizer
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if it were there
+    monkeypatch.setattr(AUTO_QUANTIZER_MAPPING[method], "theirs", Theirs)
+    if method == "compressed-tensors":
+        monkeypatch.setattr(AUTO_QUANTIZATION_CONFIG_MAPPING[method], "theirs", TheirConfig)
+    config = {"quant_method": method, "bits": 8, "format": "float-quantized", "config_groups": {}}
+    found, *_ = get_hf_quantizer(LlamaConfig(quantization_config=config), None, None, True, {})
+    assert isinstance(found, Theirs)
+
+
+class TheirConfig:
+    """In the place of compressed-tensors' config."""
+
+    quant_method = "compressed-tensors"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TheirConfig:
+        return cls()
+
+
 def test_a_damaged_file_is_no_model(tmp_path: Path) -> None:
     """transformers names each weight that could not be made, and why."""
     save_foreign(tmp_path, tiny_llama(), "gptq")

@@ -60,8 +60,13 @@ def in_our_groups(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -
 
 
 def qparams_dtype_of(weight: GroupwiseInt4) -> torch.dtype:
-    """The dtype that moves no weight further than the other would: float16, or bfloat16."""
-    return min((torch.float16, torch.bfloat16), key=lambda dtype: _moved(weight, dtype))
+    """The dtype that moves no weight further than the other would: float16, or bfloat16.
+
+    Not float16 where `Int4OpaqueTensor.from_groupwise` refuses it.
+    """
+    moved = _moved(weight, torch.float16)
+    fits = moved <= 2.0**-11 and moved <= _moved(weight, torch.bfloat16)
+    return torch.float16 if fits else torch.bfloat16
 
 
 def _moved(weight: GroupwiseInt4, dtype: torch.dtype) -> float:

@@ -7,6 +7,7 @@ stands there for the methods of `transformers_quantizers`, and decides at each c
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from contextvars import ContextVar
 from types import ModuleType
@@ -23,6 +24,9 @@ MODEL_MODULE = "transformers.modeling_utils"
 #: The ``quant_method`` of what is read.
 METHODS = ("gptq", "awq", "compressed-tensors", "gguf")
 
+#: By ``quant_method``: the package by which transformers' own quantizer reads what is not read here.
+PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors"}
+
 _enabled = True
 _device_map: ContextVar[object] = ContextVar("device_map of from_pretrained", default=None)
 
@@ -32,7 +36,8 @@ def import_checkpoints(enabled: bool = True) -> None:
 
     It does so from the import of this package on, where a model is loaded for the CPU: no accelerator
     is there, or ``device_map="cpu"`` says so. Weights in 4 bits become `Int4OpaqueTensor`, codes
-    exact. Otherwise, and after ``import_checkpoints(False)``, transformers loads these checkpoints as
+    exact. Otherwise, after ``import_checkpoints(False)``, and where a config says that weights are of
+    another kind and the package that reads them is installed, transformers loads these checkpoints as
     it does without this package.
     """
     global _enabled
@@ -45,6 +50,24 @@ def _for_cpu() -> bool:
     if all(isinstance(place, str | torch.device) and str(place) == "cpu" for place in places):
         return True
     return not torch.accelerator.is_available() and "disk" not in places
+
+
+def _ours(method: str, config: Any, **others: Any) -> Any:
+    """The quantizer of this package; None for what is left to an installed package.
+
+    Raises:
+        ValueError: the config says what is not read, and no package is there that would.
+    """
+    from torchao_int4cpu.integrations.transformers_quantizers import QUANTIZERS
+
+    quantizer = QUANTIZERS[method](config, **others)
+    try:
+        quantizer.check_config()
+    except ValueError:
+        if importlib.util.find_spec(PACKAGES[method]) is None:
+            raise
+        return None
+    return quantizer
 
 
 class _Choice:
@@ -60,9 +83,9 @@ class _Choice:
 
                 return Gguf(config, pre_quantized=pre_quantized, **others)
             if self.method != "gguf" and pre_quantized:
-                from torchao_int4cpu.integrations.transformers_quantizers import QUANTIZERS
-
-                return QUANTIZERS[self.method](config, pre_quantized=pre_quantized, **others)
+                ours = _ours(self.method, config, pre_quantized=True, **others)
+                if ours is not None:
+                    return ours
         return self.theirs(config, pre_quantized=pre_quantized, **others)
 
     def __getattr__(self, name: str) -> Any:  # of the class that others look for here
@@ -79,7 +102,8 @@ class _ConfigChoice:
         if _enabled and _for_cpu():
             from torchao_int4cpu.integrations.transformers_quantizers import ForeignConfig
 
-            return ForeignConfig.from_dict(values, *args, **others)
+            if _ours("compressed-tensors", ForeignConfig(**values)) is not None:
+                return ForeignConfig.from_dict(values, *args, **others)
         return self.theirs.from_dict(values, *args, **others)
 
     def __getattr__(self, name: str) -> Any:
