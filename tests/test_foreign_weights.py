@@ -102,7 +102,7 @@ def test_scales_of_another_range_are_bfloat16() -> None:
     assert torch.equal(stored.to_groupwise().dequantize(torch.float64), tiny.dense())
     # Here float16 would be nearer, but moves a weight further than it may: 6.3e-4.
     small = weight._replace(scale=torch.full_like(weight.scale.float(), 3.0e-5))
-    parts = compressed_tensors_parts(small)
+    parts = dict(compressed_tensors_parts(small))
     groupwise = groupwise_of_compressed_tensors(**parts)
     Int4OpaqueTensor.from_groupwise(groupwise, qparams_dtype=qparams_dtype_of(groupwise))
 
