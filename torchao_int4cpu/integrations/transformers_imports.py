@@ -100,10 +100,10 @@ class _ConfigChoice:
 
     def from_dict(self, values: dict[str, Any], *args: Any, **others: Any) -> Any:
         if _enabled and _for_cpu():
-            from torchao_int4cpu.integrations.transformers_quantizers import ForeignConfig
+            from torchao_int4cpu.integrations.transformers_quantizers import CompressedTensorsConfig
 
-            if _ours("compressed-tensors", ForeignConfig(**values)) is not None:
-                return ForeignConfig.from_dict(values, *args, **others)
+            if _ours("compressed-tensors", CompressedTensorsConfig(**values)) is not None:
+                return CompressedTensorsConfig.from_dict(values, *args, **others)
         return self.theirs.from_dict(values, *args, **others)
 
     def __getattr__(self, name: str) -> Any:

@@ -28,8 +28,11 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 Parts = dict[str, Tensor]
 
 
-class ForeignConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no annotations
-    """The quantization config of a checkpoint, as it is in the file."""
+class CompressedTensorsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no annotations
+    """What config.json says, without the package that transformers' own class of this name needs.
+
+    transformers compares the names of the classes of this and of a config that is passed beside it.
+    """
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
