@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchao_int4cpu.importers.awq import ORDER
-from torchao_int4cpu.importers.words import pack_words
+#: Of AWQ: the nibble that holds row i of the eight of a word.
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class Foreign(NamedTuple):
@@ -51,6 +52,16 @@ def _padded(t: Tensor, dim: int) -> Tensor:
     return torch.cat([t, t.new_zeros(*t.shape[:dim], missing, *t.shape[dim + 1 :])], dim)
 
 
+def pack_words(codes: Tensor, dim: int, order: Sequence[int] = range(8)) -> Tensor:
+    """int32 words of eight codes along ``dim``; ``order[i]`` is the nibble of code i, 0 the lowest."""
+    words = torch.zeros_like(codes.unflatten(dim, (-1, 8)).select(dim + 1, 0), dtype=torch.int64)
+    for i, nibble in enumerate(order):
+        words += codes.unflatten(dim, (-1, 8)).select(dim + 1, i).to(torch.int64) << 4 * nibble
+    return torch.where(words < 2**31, words, words - 2**32).to(
+        torch.int32
+    )  # the highest bit is the sign
+
+
 def gptq_parts(weight: Foreign, version: int = 1) -> dict[str, Tensor]:
     k = weight.codes.shape[1]
     return {
@@ -63,8 +74,8 @@ def gptq_parts(weight: Foreign, version: int = 1) -> dict[str, Tensor]:
 
 def awq_parts(weight: Foreign) -> dict[str, Tensor]:
     return {
-        "qweight": pack_words(_padded(weight.codes.t(), 1), 1, ORDER),
-        "qzeros": pack_words(_padded(weight.points.t(), 1), 1, ORDER),
+        "qweight": pack_words(_padded(weight.codes.t(), 1), 1, AWQ_ORDER),
+        "qzeros": pack_words(_padded(weight.points.t(), 1), 1, AWQ_ORDER),
         "scales": weight.scale.t().contiguous(),
     }
 
@@ -126,8 +137,11 @@ def save_foreign(
     symmetric: bool = False,
     *,
     head: bool = False,
+    own_groups: Mapping[str, int] | None = None,
 ) -> dict[str, Foreign]:
     """Write a model with all linear layers (but the head) in 4 bits; return these by their names.
+
+    ``own_groups`` are group sizes of layers whose names end so, of which the config says nothing.
 
     The experts of a layer, which transformers stacks, are written one by one, as these tools do.
     """
@@ -137,7 +151,8 @@ def save_foreign(
             if matrix.ndim != 2 or not ("proj" in key or (head and "lm_head" in key)):
                 state[key] = matrix.clone()
                 continue
-            weights[key] = foreign(matrix, group_size, symmetric)
+            own = [size for end, size in (own_groups or {}).items() if key.endswith(f"{end}.weight")]
+            weights[key] = foreign(matrix, own[0] if own else group_size, symmetric)
             for part, value in parts_of(format, weights[key], symmetric).items():
                 state[f"{key.removesuffix('weight')}{part}"] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -102,9 +104,20 @@ def test_a_checkpoint_is_read_exactly_and_saved_as_ours(
 
 @pytest.mark.parametrize("group_size", [64, 320, -1])
 def test_groups_of_other_sizes(group_size: int, tmp_path: Path) -> None:
-    """320 columns in groups of 64, one group a row, and both with one layer in groups of its own."""
-    weights = save_foreign(tmp_path, tiny_llama(), "gptq", group_size, False)
-    assert_is(AutoModelForCausalLM.from_pretrained(tmp_path), weights)
+    """One group a row among them; and layers with groups of their own, as by ``dynamic``."""
+    own = {"down_proj": 160, "o_proj": 32}
+    weights = save_foreign(tmp_path / "a", tiny_llama(), "gptq", group_size, False, own_groups=own)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert_is(model, weights)
+    model.save_pretrained(tmp_path / "ours")
+    assert_is(AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), weights)
+
+
+def test_activations_that_awq_scales_are_refused(tmp_path: Path) -> None:
+    config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
+    save_foreign(tmp_path, FalconForCausalLM(config), "awq")
+    with pytest.raises(ValueError, match="AWQ scales the activations of falcon"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_head_in_4_bits(tmp_path: Path) -> None:
@@ -275,6 +288,16 @@ def test_a_damaged_file_is_no_model(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inspect_promises_nothing_of_other_bits(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_foreign(tmp_path, tiny_llama(), format)
+    change_config(tmp_path, bits=8, config_groups={"a": {"weights": {"num_bits": 8}}})
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "from_pretrained" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("format", FORMATS)

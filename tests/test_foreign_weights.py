@@ -16,14 +16,16 @@ from tests.foreign_checkpoints import (
     compressed_tensors_parts,
     foreign,
     gptq_parts,
+    pack_words,
 )
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.importers.awq import groupwise_of_awq
 from torchao_int4cpu.importers.compressed_tensors import groupwise_of_compressed_tensors
 from torchao_int4cpu.importers.gguf import KINDS, groupwise_of_gguf
 from torchao_int4cpu.importers.gptq import groupwise_of_gptq
-from torchao_int4cpu.importers.groups import group_size_of, in_our_groups, qparams_dtype_of
-from torchao_int4cpu.importers.words import pack_words, unpack_words
+from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
+from torchao_int4cpu.importers.weight import qparams_dtype_of
+from torchao_int4cpu.importers.words import unpack_words
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 formats = pytest.mark.parametrize("format", FORMATS)

@@ -60,7 +60,17 @@ MODULES = {
     ],
     "distributed": ["collectives", "fsdp", "ddp", "quantize_shards", "shared_memory"],
     "checkpoint": ["pickles", "safetensors", "inspect"],
-    "importers": ["torchao", "words", "groups", "gptq", "awq", "compressed_tensors", "gguf", "survey"],
+    "importers": [
+        "torchao",
+        "words",
+        "groups",
+        "weight",
+        "gptq",
+        "awq",
+        "compressed_tensors",
+        "gguf",
+        "survey",
+    ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
     "convert": ["plan", "directory"],
     "integrations": [

@@ -8,7 +8,7 @@ Stored transposed, a word holds 8 rows of W (outputs), in an order of its own::
 
     W[n, k] = scales[k // group_size, n] * (code - zero point)
 
-Layout read from AutoAWQ's ``modules/linear/gemm.py`` and checked against GPTQModel.
+A sketch of this layout was compared with GPTQModel's reading of AWQ.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ A row of W is a row of blocks of bytes, of 32 columns, or of 8 times 32 with 6-b
 
     Q4_0: W = d * (code - 8)    Q4_1: W = d * code + m    Q4_K: W = d * sc * code - dmin * mn
 
-Layout read from ggml's ``ggml-common.h`` and checked against the package ``gguf``, bit for bit.
+The tests compare it with the package ``gguf``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Stored transposed, a word holds 8 columns of a row of W (an output)::
 
     W[n, k] = scales[g_idx[k], n] * (code - zero point)
 
-Layout read from GPTQModel's ``nn_modules/qlinear`` and checked against what it writes.
+A sketch of this layout read what GPTQModel writes, and GPTQModel what the sketch wrote.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.format.groupwise import CODE_OFFSET, GROUP_SIZES, GroupwiseInt4
+from torchao_int4cpu.format.groupwise import GROUP_SIZES, GroupwiseInt4
 
 
 def group_size_of(k: int, groups: int, configured: int | None) -> int:
@@ -57,21 +57,3 @@ def in_our_groups(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -
         groups = torch.arange(-(-codes.shape[-1] // ours)) * ours // group_size
         scale, zero = scale[:, groups], zero[:, groups]
     return GroupwiseInt4(codes.contiguous(), scale.contiguous(), zero.contiguous(), ours)
-
-
-def qparams_dtype_of(weight: GroupwiseInt4) -> torch.dtype:
-    """The dtype that moves no weight further than the other would: float16, or bfloat16.
-
-    Not float16 where `Int4OpaqueTensor.from_groupwise` refuses it.
-    """
-    moved = _moved(weight, torch.float16)
-    fits = moved <= 2.0**-11 and moved <= _moved(weight, torch.bfloat16)
-    return torch.float16 if fits else torch.bfloat16
-
-
-def _moved(weight: GroupwiseInt4, dtype: torch.dtype) -> float:
-    """How far rounding to a dtype moves a weight at most, relative to the largest of its group."""
-    scale, zero = weight.scale.double(), weight.zero.double()
-    moved = CODE_OFFSET * (scale.to(dtype) - scale).abs() + (zero.to(dtype) - zero).abs()
-    largest = CODE_OFFSET * scale.abs() + zero.abs()
-    return float((moved / largest).nan_to_num(nan=0.0, posinf=torch.inf).max())

@@ -36,11 +36,22 @@ def survey_of_directory(config: Mapping[str, Any] | None, keys: Sequence[str]) -
         keys: of all its tensors.
     """
     method = None if config is None else config.get("quant_method")
-    if method not in _CODES:
+    if method not in _CODES or config is None or _bits(config) != {4}:
         return None
     modules = {key.removesuffix(_CODES[method]) for key in keys if key.endswith(_CODES[method])}
     rest = [key for key in keys if key.rpartition(".")[0] not in modules or key.endswith(".bias")]
     return Survey(method, len(modules), {"dense": len(rest)})
+
+
+def _bits(config: Mapping[str, Any]) -> set[object]:
+    """Of all weights, as far as the config says it."""
+    if config["quant_method"] != "compressed-tensors":
+        return {config.get("bits")}
+    groups = config.get("config_groups")
+    if config.get("format") != "pack-quantized" or not isinstance(groups, Mapping):
+        return set()
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    return {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
 
 
 def survey_of_gguf(file: Path) -> Survey:

@@ -1,7 +1,11 @@
-"""Eight codes in an int32, as GPTQ, AWQ and compressed-tensors hold them::
+"""Eight codes in an int32, as GPTQ, AWQ and compressed-tensors hold them.
 
-bits of a word  31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
-nibble             7       6       5       4       3      2      1       0
+Nibble 0 is the lowest::
+
+    bits of a word  31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
+    nibble             7       6       5       4       3      2      1       0
+
+Which code a nibble holds is each format's own.
 """
 
 from __future__ import annotations
@@ -31,15 +35,6 @@ def unpack_words(words: Tensor, dim: int, order: Sequence[int] = IN_ORDER) -> Te
     shifts = shifts.view([CODES if i == dim + 1 else 1 for i in range(words.ndim + 1)])
     codes: Tensor = (words.unsqueeze(dim + 1) >> shifts).bitwise_and_(15)
     return codes.to(torch.uint8).flatten(dim, dim + 1)
-
-
-def pack_words(codes: Tensor, dim: int, order: Sequence[int] = IN_ORDER) -> Tensor:
-    """The inverse of `unpack_words`: int32, of codes whose number along ``dim`` is a multiple of 8."""
-    shifts = torch.tensor([4 * nibble for nibble in order])
-    shifts = shifts.view([CODES if i == dim + 1 else 1 for i in range(codes.ndim + 1)])
-    words = (codes.unflatten(dim, (-1, CODES)).to(torch.int64) << shifts).sum(dim + 1)
-    signed: Tensor = words - ((words >> 31) << 32)  # the highest bit is the sign
-    return signed.to(torch.int32)
 
 
 def check_words(**parts: tuple[object, Sequence[int]]) -> None:

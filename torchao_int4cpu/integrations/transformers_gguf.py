@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.gguf import KINDS, groupwise_of_gguf
-from torchao_int4cpu.importers.groups import qparams_dtype_of
+from torchao_int4cpu.importers.weight import as_weight
 from torchao_int4cpu.integrations.transformers_quantizers import hand_over
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -112,9 +111,6 @@ def _maker(
 ) -> Callable[[], Int4OpaqueTensor]:
     def make() -> Int4OpaqueTensor:
         blocks = torch.from_numpy(np.array(data)).reshape(len(order), -1)[order]
-        weight: GroupwiseInt4 = groupwise_of_gguf(blocks, kind, k)
-        return Int4OpaqueTensor.from_groupwise(
-            weight, dtype=dtype, qparams_dtype=qparams_dtype_of(weight)
-        )
+        return as_weight(groupwise_of_gguf(blocks, kind, k), dtype)
 
     return make

@@ -88,9 +88,6 @@ class _Choice:
                     return ours
         return self.theirs(config, pre_quantized=pre_quantized, **others)
 
-    def __getattr__(self, name: str) -> Any:  # of the class that others look for here
-        return getattr(self.theirs, name)
-
 
 class _ConfigChoice:
     """In the place of compressed-tensors' config, which needs the package of that name to be made."""
@@ -105,9 +102,6 @@ class _ConfigChoice:
             if _ours("compressed-tensors", CompressedTensorsConfig(**values)) is not None:
                 return CompressedTensorsConfig.from_dict(values, *args, **others)
         return self.theirs.from_dict(values, *args, **others)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.theirs, name)
 
 
 def _patch(tables: ModuleType) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,7 +21,7 @@ from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.awq import groupwise_of_awq
 from torchao_int4cpu.importers.compressed_tensors import groupwise_of_compressed_tensors
 from torchao_int4cpu.importers.gptq import groupwise_of_gptq
-from torchao_int4cpu.importers.groups import qparams_dtype_of
+from torchao_int4cpu.importers.weight import as_weight
 from torchao_int4cpu.importers.words import CODES
 from torchao_int4cpu.integrations.transformers_saving import config_of, int4_groups
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -74,9 +75,6 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
         """K, of an expert, whose module transformers has merged with others."""
         raise NotImplementedError
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        self.check_config()
-
     @property
     def serialized_names(self) -> dict[str, list[str]]:
         return {"weight": list(self.names)}
@@ -110,9 +108,7 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"the file has a weight of shape {list(groupwise.shape)} where the model has one of "
                 f"{list(shape)}; the config and the weights are of two models"
             )
-        return Int4OpaqueTensor.from_groupwise(
-            groupwise, dtype=dtype, qparams_dtype=qparams_dtype_of(groupwise)
-        )
+        return as_weight(groupwise, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return hand_over(self, model, **kwargs)
@@ -181,6 +177,15 @@ class Awq(ImportingQuantizer):
                 "load it after torchao_int4cpu.import_checkpoints(False)"
             )
 
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Refuse models whose activations AWQ divides by numbers of the file."""
+        kind = model.config.model_type
+        if kind in AWQ_SCALES_MAPPINGS:
+            raise ValueError(
+                f"AWQ scales the activations of {kind} models (ScaledActivation), which is not read; "
+                "load it after torchao_int4cpu.import_checkpoints(False), or a GPTQ checkpoint of it"
+            )
+
     def read(self, parts: Parts, k: int) -> GroupwiseInt4:
         _check_there(parts, *self.names)
         return groupwise_of_awq(**parts, k=k, group_size=self.quantization_config.group_size)
@@ -241,11 +246,13 @@ QUANTIZERS = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors}
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
-class ReadWeight(ConversionOps):  # type: ignore[misc]
-    """The parts of one weight to the weight."""
-
+class _Reading(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: ImportingQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+
+class ReadWeight(_Reading):
+    """The parts of one weight to the weight."""
 
     def convert(
         self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **others: Any
@@ -260,11 +267,8 @@ class ReadWeight(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: weight}
 
 
-class ReadExperts(ConversionOps):  # type: ignore[misc]
+class ReadExperts(_Reading):
     """The parts of the weights of all experts to these weights, which transformers then stacks."""
-
-    def __init__(self, hf_quantizer: ImportingQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
 
     def convert(
         self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **others: Any
@@ -286,10 +290,7 @@ class ReadExperts(ConversionOps):  # type: ignore[misc]
         return read
 
     def _expert(self, parts: Parts, dtype: torch.dtype) -> Int4OpaqueTensor:
-        groupwise = self.hf_quantizer.read(parts, self.hf_quantizer.inputs(parts))
-        return Int4OpaqueTensor.from_groupwise(
-            groupwise, dtype=dtype, qparams_dtype=qparams_dtype_of(groupwise)
-        )
+        return as_weight(self.hf_quantizer.read(parts, self.hf_quantizer.inputs(parts)), dtype)
 
 
 def _last_name(pattern: str) -> str:
