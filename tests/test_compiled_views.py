@@ -41,7 +41,13 @@ TOGETHER = pytest.mark.parametrize(
 
 @TOGETHER
 @pytest.mark.parametrize(
-    "view", ["whole", "rows, a view", "rows, a copy", pytest.param("columns", marks=pytest.mark.slow)]
+    "view",
+    [
+        "whole",
+        "rows, a view",
+        pytest.param("rows, a copy", marks=pytest.mark.slow),
+        pytest.param("columns", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_products_equal_eager(
     stack: list[int], functions: list[Any], view: str, kernel: str

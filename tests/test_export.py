@@ -231,10 +231,11 @@ def test_views_and_products_from_any_instruction_set(reader: str, forms: Path) -
     assert int(done) == 3 * 17 * len(WRITERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "missing"),
     [
-        pytest.param("whole", "import of torchao_int4cpu halted", marks=pytest.mark.slow),
+        ("whole", "import of torchao_int4cpu halted"),
         ("parts", "We failed to resolve torch.ops.torchao_int4cpu.int4_mm.default to an operator"),
     ],
     ids=["whole", "parts"],

@@ -64,7 +64,8 @@ def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
     assert f", layout {capability}, " in output  # the header: see conftest
 
 
-@pytest.mark.parametrize("capability", [_param(name, marks=(pytest.mark.slow,)) for name in OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
 def test_layout_and_weight_hold(capability: str) -> None:
     """The layout against the op, what a weight is, and its product, with that instruction set."""
     names = ("layout", "tensor", "slicing", "kernels", "float16_scales")
@@ -90,7 +91,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("reader", readers())
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", [_param(name) for name in CAPABILITIES])
 def test_written_under_one_read_under_another(reader: str, written: Path) -> None:
     """All ordered pairs, nine ways to save and load each; no warning, so nothing is slow."""
     writers = [name for name in CAPABILITIES if SUPPORTED[name]]

@@ -17,6 +17,7 @@ from tests.weights import quantized
 from torchao_int4cpu import Int4OpaqueTensor
 
 
+@pytest.mark.slow
 def test_a_model_is_shared_and_a_weight_is_sent() -> None:
     done = run_child("share_weights")
     assert done.returncode == 0, done.stderr[-2000:]
