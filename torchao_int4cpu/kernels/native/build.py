@@ -52,7 +52,6 @@ INSTRUCTION_SETS = {
     "int8_amx": [*_AVX512, "-mavx512vbmi", "-mavx512vbmi2"],
     "dynamic_amx": [*_AVX512, "-mavx512vbmi"],
     "transposed_amx": _BF16,
-    "amx_many": _BF16,
     "amx": _BF16,  # the tile instructions are written as assembly
 }
 SANITIZE = [

@@ -562,7 +562,7 @@ EXPORT void int4cpu_exclude(int32_t kernel) {
 constexpr int64_t kTileRowsFrom = 5;
 constexpr int32_t kTileGroupsFrom = 64;
 
-// From how many rows tiles are ahead that expand a block for all rows of a task: see amx_many.cpp.
+// From how many rows tiles are ahead that expand a block for all rows of a task: see amx.cpp.
 constexpr int64_t kManyRows = 128;
 
 // The kernel that multiplies `m` rows when `kernel` is asked for.
