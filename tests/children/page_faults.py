@@ -1,35 +1,39 @@
-"""Print how many pages are mapped anew by products of many rows between other work of a model."""
+"""Print how many pages 20 products of many rows map anew, all free memory given back before each."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 
 import torch
-import torch.nn.functional as F
 
 from tests.numerics import native, packed_in, random_groupwise
-from torchao_int4cpu.kernels.selection import int4_mm
+from torchao_int4cpu.kernels.native.library import NativeLibrary
+from torchao_int4cpu.kernels.selection import LIBRARY, native_kernel
 
-ROWS, WIDE, NARROW, TIMES = 512, 1536, 384, 20
+ROWS, N, K, TIMES = 512, 384, 1536, 20
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def main() -> None:
+    assert isinstance(LIBRARY, NativeLibrary)
     torch.set_num_threads(2)
-    up = packed_in(random_groupwise(WIDE, NARROW, 128), native())
-    down = packed_in(random_groupwise(NARROW, WIDE, 128), native())
-    x = torch.randn(ROWS, NARROW, dtype=torch.bfloat16)
-
-    def layers() -> None:
-        y = x
-        for _ in range(6):
-            y = F.layer_norm(y + int4_mm(F.gelu(int4_mm(y, up)), down), (NARROW,))
-
-    for _ in range(5):
-        layers()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(TIMES):
-        layers()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // TIMES)
+    weight = packed_in(random_groupwise(N, K, 128), native())
+    x, y = torch.randn(ROWS, K), torch.zeros(ROWS, N)
+    kernel = native_kernel(weight.layout)
+    assert kernel is not None
+    product = LIBRARY._library.int4cpu_mm
+    malloc_trim = ctypes.CDLL(None).malloc_trim
+    found = 0
+    for i in range(5 + TIMES):
+        malloc_trim(0)
+        before = page_faults()
+        LIBRARY._multiply(product, kernel, x, weight, None, y)
+        found += page_faults() - before if i >= 5 else 0
+    print(found)
 
 
 if __name__ == "__main__":
