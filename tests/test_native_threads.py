@@ -95,8 +95,8 @@ def test_one_pool_of_threads_and_a_forked_child() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults")
 def test_memory_of_a_call_is_kept_for_the_next() -> None:
-    """Freed between a model's own tensors, it went back to the system and was mapped anew each time, page by
-    page: 384 pages of packed rows for each of these 20 products."""
+    """Freed between a model's own tensors, it went back to the system and was mapped anew each time,
+    page by page: 384 pages of packed rows for each of these 20 products."""
     if native_unavailable() is not None:
         pytest.skip(f"no native kernel: {native_unavailable()}")
     done = run_child("page_faults")
