@@ -22,15 +22,24 @@ class Foreign(NamedTuple):
     points: Tensor  # int64 [N, G], 0 to 15
     scale: Tensor  # float16 [N, G]
     group_size: int
+    order: Tensor  # int64 [K], the columns of the groups, one group behind the other
+
+    @property
+    def g_idx(self) -> Tensor:
+        """The group of each column."""
+        groups = torch.arange(len(self.order)) // self.group_size
+        return torch.empty_like(groups).scatter_(0, self.order, groups)
 
     def dense(self) -> Tensor:
-        groups = torch.arange(self.codes.shape[1]) // self.group_size
-        return (self.codes.double() - self.points[:, groups]) * self.scale[:, groups].double()
+        points, scale = (part[:, self.g_idx].double() for part in (self.points, self.scale))
+        return (self.codes.double() - points) * scale
 
 
-def foreign(weight: Tensor, group_size: int, symmetric: bool) -> Foreign:
-    """Rounded to nearest: zero points 8, or 1 to 15."""
+def foreign(weight: Tensor, group_size: int, symmetric: bool, order: Tensor | None = None) -> Foreign:
+    """Rounded to nearest: zero points 8, or 1 to 15; in groups of columns in ``order``."""
     k = weight.shape[1]
+    order = torch.arange(k) if order is None else order
+    weight = weight[:, order]
     group_size = min(group_size, k) if group_size > 0 else k
     padded = torch.nn.functional.pad(weight.float(), (0, -k % group_size))
     grouped = padded.unflatten(1, (-1, group_size))
@@ -43,7 +52,7 @@ def foreign(weight: Tensor, group_size: int, symmetric: bool) -> Foreign:
         points = (-low / scale.float()).round().clamp(1, 15).long()
     codes = (grouped / scale.float()[..., None]).round() + points[..., None]
     codes = codes.clamp(0, 15).to(torch.uint8).flatten(1)[:, :k]
-    return Foreign(codes, points, scale, group_size)
+    return Foreign(codes[:, order.argsort()], points, scale, group_size, order)
 
 
 def _padded(t: Tensor, dim: int) -> Tensor:
@@ -63,12 +72,11 @@ def pack_words(codes: Tensor, dim: int, order: Sequence[int] = range(8)) -> Tens
 
 
 def gptq_parts(weight: Foreign, version: int = 1) -> dict[str, Tensor]:
-    k = weight.codes.shape[1]
     return {
         "qweight": pack_words(_padded(weight.codes.t(), 0), 0),
         "qzeros": pack_words(_padded(weight.points.t() - int(version == 1), 1), 1),
         "scales": weight.scale.t().contiguous(),
-        "g_idx": (torch.arange(k) // weight.group_size).int(),
+        "g_idx": weight.g_idx.int(),
     }
 
 
@@ -88,6 +96,8 @@ def compressed_tensors_parts(weight: Foreign, symmetric: bool = False) -> dict[s
     }
     if not symmetric:
         parts["weight_zero_point"] = pack_words(_padded(weight.points, 0), 0)
+    if not torch.equal(weight.order, torch.arange(len(weight.order))):
+        parts["weight_g_idx"] = weight.g_idx.int()
     return parts
 
 
@@ -138,10 +148,12 @@ def save_foreign(
     *,
     head: bool = False,
     own_groups: Mapping[str, int] | None = None,
+    act_order: bool = False,
 ) -> dict[str, Foreign]:
     """Write a model with all linear layers (but the head) in 4 bits; return these by their names.
 
-    ``own_groups`` are group sizes of layers whose names end so, of which the config says nothing.
+    ``own_groups`` are group sizes of layers whose names end so, of which the config says nothing. With
+    ``act_order`` the groups of each layer are of columns in an order of its own.
 
     The experts of a layer, which transformers stacks, are written one by one, as these tools do.
     """
@@ -152,7 +164,10 @@ def save_foreign(
                 state[key] = matrix.clone()
                 continue
             own = [size for end, size in (own_groups or {}).items() if key.endswith(f"{end}.weight")]
-            weights[key] = foreign(matrix, own[0] if own else group_size, symmetric)
+            size, order = own[0] if own else group_size, None
+            if act_order:
+                order = torch.randperm(matrix.shape[1])
+            weights[key] = foreign(matrix, size, symmetric, order)
             for part, value in parts_of(format, weights[key], symmetric).items():
                 state[f"{key.removesuffix('weight')}{part}"] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.numerics import UNIT
 from tests.weights import random_weight
+from torchao_int4cpu.format.act_order import out_of_act_order
 
 M, N, K = 5, 160, 128  # of what the products below are taken: the views of larger weights
 
@@ -129,6 +130,7 @@ def plain(w: Any) -> tuple[Tensor, Tensor]:
         for part in (value.scale, value.zero)
     )
     unit = 16 * scale + zero
+    unit = out_of_act_order(unit, w.act_order)
     pre_scale = torch.ones(1) if w.act_pre_scale is None else w.act_pre_scale.double().reshape(-1)
     return value.dequantize(torch.float64) * pre_scale, unit * pre_scale
 

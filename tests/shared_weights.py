@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tests.numerics import UNIT, native, packed_in, product_bound, random_groupwise
 from tests.processes import Ranks
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
+from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.format.packed import int4_mm_reference
 
 GROUP = 32
@@ -22,11 +24,18 @@ def mesh_of(ranks: Ranks) -> DeviceMesh:
 
 
 def weight_of(
-    n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, scale: Tensor | None = None
+    n: int,
+    k: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    scale: Tensor | None = None,
+    ordered: bool = False,
 ) -> Int4OpaqueTensor:
-    return Int4OpaqueTensor.from_groupwise(
-        random_groupwise(n, k, GROUP, seed), dtype=dtype, act_pre_scale=scale
-    )
+    value = random_groupwise(n, k, GROUP, seed)
+    if ordered:
+        order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).int()
+        value = replace(value, act_order=order)
+    return Int4OpaqueTensor.from_groupwise(value, dtype=dtype, act_pre_scale=scale)
 
 
 def stack_of(experts: int, n: int, k: int) -> Int4OpaqueTensor:
@@ -54,6 +63,7 @@ def assert_same_codes(a: object, b: object) -> None:
     if a.act_pre_scale is not None and b.act_pre_scale is not None:
         k = a.shape[-1]  # one number for all columns may come back as K times that number
         assert torch.equal(a.act_pre_scale.expand(k), b.act_pre_scale.expand(k))
+    assert same_numbers(a.act_order, b.act_order)
 
 
 def expected_shard(weight: Int4OpaqueTensor, dim: int, ranks: Ranks) -> Int4OpaqueTensor:
@@ -69,7 +79,11 @@ def expected_shard(weight: Int4OpaqueTensor, dim: int, ranks: Ranks) -> Int4Opaq
         pre_scale = pre_scale[places]
     return Int4OpaqueTensor.from_groupwise(
         GroupwiseInt4(
-            groupwise.codes[where], groupwise.scale[where_groups], groupwise.zero[where_groups], size
+            groupwise.codes[where],
+            groupwise.scale[where_groups],
+            groupwise.zero[where_groups],
+            size,
+            groupwise.act_order,
         ),
         dtype=weight.dtype,
         act_pre_scale=pre_scale,

@@ -119,7 +119,7 @@ def test_a_meta_tensor_is_saved_without_data() -> None:
 def test_the_format_version_is_stored() -> None:
     state = get_state(Int4OpaqueTensor.from_groupwise(random_groupwise(40, 70, 32)))
     assert state["format_version"] == 3
-    assert FORMAT_VERSION == 4
+    assert FORMAT_VERSION == 5
     assert set(state) == {
         "qdata",
         "scale_and_zero",
@@ -400,7 +400,7 @@ def _bf16(*shape: int) -> Tensor:
         ({"change": {"qdata_layout": "avx1024"}}, ValueError, "layout 'avx1024' is not known"),
         ({"change": {"block_size": [1, 64]}}, ValueError, "needs"),
         ({"change": {"act_pre_scale": torch.ones(3)}}, ValueError, "act_pre_scale has shape"),
-        ({"change": {"format_version": 5}}, ValueError, "format_version=5; .*install a newer one"),
+        ({"change": {"format_version": 6}}, ValueError, "format_version=6; .*install a newer one"),
         ({"change": {"format_version": 0}}, ValueError, "format_version=0; it must be an int"),
         ({"change": {"format_version": "1"}}, ValueError, "format_version='1'"),
         ({"drop": "format_version"}, ValueError, "format_version=None"),

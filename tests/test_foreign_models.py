@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def assert_is(model: Any, weights: dict[str, Foreign]) -> None:
     assert found.keys() == weights.keys()
     for name, weight in found.items():
         groupwise = weight.to_groupwise()
-        assert torch.equal(groupwise.codes, weights[name].codes)
+        columns = slice(None) if groupwise.act_order is None else groupwise.act_order.long()
+        assert torch.equal(groupwise.codes, weights[name].codes[:, columns])
         error = groupwise.dequantize(torch.float64) - weights[name].dense()
         assert float(error.norm()) <= 1.5e-4 * float(weights[name].dense().norm())
 
@@ -100,6 +102,36 @@ def test_a_checkpoint_is_read_exactly_and_saved_as_ours(
     assert torch.equal(logits(again), logits(model))
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_act_order(format: str, tmp_path: Path, without_importers: Callable[[], None]) -> None:
+    """Kept by the model, its logits, and what is saved of it."""
+    dense = tiny_llama()
+    weights = save_foreign(tmp_path / "foreign", dense, format, 32, False, act_order=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "foreign")
+    assert_is(model, weights)
+    weight: Any = model.model.layers[1].mlp.down_proj.weight
+    assert weight.act_order.tolist() != list(range(320))
+    expected = logits(dense_twin(dense, weights))
+    assert float((logits(model).float() - expected).norm() / expected.norm()) < 5e-3
+
+    model.save_pretrained(tmp_path / "ours")
+    without_importers()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert_is(again, weights)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_act_order_of_experts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stack has one order, and each expert its own."""
+    save_foreign(tmp_path, tiny_experts(), "gptq", 32, False, act_order=True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(RuntimeError):  # transformers' own, whose report has the reason
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "in orders of their own (desc_act), and a stack has one" in caplog.text
 
 
 @pytest.mark.parametrize("group_size", [64, 320, -1])

@@ -63,16 +63,18 @@ def test_nibbles_of_a_word() -> None:
     k=st.integers(1, 300),
     group_size=st.sampled_from([32, 64, 128, 256, 512, -1]),
     symmetric=st.booleans(),
+    ordered=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_the_weight_is_that_of_the_file(
-    format: str, n: int, k: int, group_size: int, symmetric: bool, seed: int
+    format: str, n: int, k: int, group_size: int, symmetric: bool, ordered: bool, seed: int
 ) -> None:
-    weight = foreign(
-        torch.randn(n, k, generator=torch.Generator().manual_seed(seed)), group_size, symmetric
-    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(k, generator=generator) if ordered and format != "awq" else None
+    weight = foreign(torch.randn(n, k, generator=generator), group_size, symmetric, order)
     groupwise = read(format, weight)
-    assert torch.equal(groupwise.codes, weight.codes)
+    columns = torch.arange(k) if groupwise.act_order is None else groupwise.act_order.long()
+    assert torch.equal(groupwise.codes, weight.codes[:, columns])
     assert torch.equal(groupwise.dequantize(torch.float64), weight.dense())
 
 
@@ -227,7 +229,7 @@ WORDS = torch.zeros(12, 24, dtype=torch.int32)
         ),
         ({"scales": torch.ones(3, 24).int()}, "scales is torch.int32"),
         ({"scales": torch.full((3, 24), torch.nan).half()}, "scale has NaN or infinite values"),
-        ({"g_idx": torch.zeros(96).int()}, "desc_act, act-order"),
+        ({"g_idx": torch.zeros(96).int()}, "g_idx puts 0 to 96 of 96 columns into a group"),
         ({"g_idx": torch.full((96,), 3).int()}, "groups from 3 to 3 beside 3 groups"),
         ({"g_idx": torch.full((96,), -1).int()}, "groups from -1 to -1"),
         ({"g_idx": torch.arange(95).int() // 32}, r"g_idx has shape \[95\].*must be \[96\]"),
@@ -267,7 +269,7 @@ def test_damaged_awq(changes: dict[str, Tensor], message: str) -> None:
         ({"weight_shape": torch.tensor([24, -96])}, r"weight_shape is \[24, -96\]"),
         ({"weight_shape": torch.tensor([2**40, 96])}, r"weight_packed has shape \[24, 12\]"),
         ({"weight_zero_point": torch.zeros(24, 3).int()}, r"weight_zero_point has shape \[24, 3\]"),
-        ({"weight_g_idx": torch.randperm(96).int() // 32}, "desc_act, act-order"),
+        ({"weight_g_idx": torch.randperm(96).int() // 33}, "g_idx puts 30 to 33 of 96 columns"),
         ({"weight_scale": torch.ones(24, 3).double()}, "weight_scale is torch.float64"),
     ],
 )

@@ -47,9 +47,11 @@ K, RANK = 128, 4
 class Lora(nn.Module):
     """A frozen 4-bit linear layer and a low-rank bfloat16 adapter beside it."""
 
-    def __init__(self, n: int, k: int, seed: int, dtype: torch.dtype, scale: Tensor | None) -> None:
+    def __init__(
+        self, n: int, k: int, seed: int, dtype: torch.dtype, scale: Tensor | None, ordered: bool = False
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight_of(n, k, seed, dtype, scale), requires_grad=False)
+        self.weight = nn.Parameter(weight_of(n, k, seed, dtype, scale, ordered), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(n, dtype=dtype), requires_grad=False)
         generator = torch.Generator().manual_seed(seed)
         self.down = nn.Parameter((torch.randn(RANK, k, generator=generator) * 0.05).to(dtype))
@@ -59,13 +61,18 @@ class Lora(nn.Module):
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.down), self.up)
 
 
-def model_of(n: int, dtype: torch.dtype = torch.bfloat16, scale: Tensor | None = None) -> nn.Sequential:
+def model_of(
+    n: int,
+    dtype: torch.dtype = torch.bfloat16,
+    scale: Tensor | None = None,
+    ordered: bool = False,
+) -> nn.Sequential:
     return nn.Sequential(
-        Lora(n, K, 1, dtype, scale),
+        Lora(n, K, 1, dtype, scale, ordered),
         nn.Tanh(),
-        Lora(K, n, 2, dtype, None),
+        Lora(K, n, 2, dtype, None, ordered),
         nn.Tanh(),
-        Lora(n, K, 3, dtype, scale),
+        Lora(n, K, 3, dtype, scale, ordered),
     )
 
 
@@ -129,7 +136,7 @@ def test_training_is_that_of_one_process(ranks: Ranks) -> None:
     """Every rank has the same rows: the mean of the gradients is each of them, bit for bit."""
     scale = torch.rand(K) + 0.5
     for n, reshard, with_scale in ((128, True, False), (100, True, True), (65, False, False)):
-        single = model_of(n, scale=scale if with_scale else None)
+        single = model_of(n, scale=scale if with_scale else None, ordered=with_scale)
         before = copy.deepcopy(single)
         parallel = sharded(copy.deepcopy(single), ranks, reshard, mp_policy=IN_FLOAT32)
         batches = [torch.randn(6, K).bfloat16() for _ in range(4)]

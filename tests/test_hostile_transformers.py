@@ -71,7 +71,7 @@ def damaged(folder: Path, good: Path, change: Callable[[Header], None], flips: b
     ("change", "message"),
     [
         (entry(qdata_layout="avx1024"), "layout 'avx1024' is not known; choose"),
-        (entry(format_version=5), "install a newer one"),
+        (entry(format_version=6), "install a newer one"),
         (entry(shape=[2**40, 64]), "qdata has shape"),
         (entry(block_size=[1, 64]), r"scale_and_zero has shape \[2, 64, 2\]; .* needs \[1, 64, 2\]"),
         (entry(_type="Int4Tensor"), "Int4Tensor"),

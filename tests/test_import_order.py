@@ -33,7 +33,7 @@ FLOORS = [
 
 #: The modules of each floor, from the top.
 MODULES = {
-    "format": ["groupwise", "layout", "huge_pages", "packed", "slicing", "checks"],
+    "format": ["act_order", "groupwise", "layout", "huge_pages", "packed", "slicing", "checks"],
     "algorithms": ["choose_qparams"],
     "kernels.portable": ["prefill", "decode", "dequantize"],
     "kernels.native": ["build", "setup_commands", "library"],

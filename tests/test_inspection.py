@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "v2": {"layer.weight": (2, N, K), "layer.turned": (2, K, N)},
     "v3": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
     "v4": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
+    "v5": {"layer.weight": (N, K), "layer.stack": (2, N, K), "layer.turned": (2, K, N)},
 }
 
 

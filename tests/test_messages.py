@@ -115,7 +115,7 @@ TypeError: scale_and_zero is torch.float32; it must be a torch.bfloat16 or torch
 ValueError: qdata has shape [16, 48]; a weight of shape [40, 70] in groups of 32 needs [48, 48], so take the parts from one Int4OpaqueTensor
 ValueError: layout 'sse' is not known; choose 'avx512', 'avx2', 'default'
 ValueError: act_pre_scale has shape [3]; it must have one element or shape [70]
-ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 4, so the file is damaged or was not written by torchao_int4cpu
+ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 5, so the file is damaged or was not written by torchao_int4cpu
 TypeError: copy_ got a source that is torch.float32 of class Tensor and not 4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, or load it with load_state_dict(..., assign=True)
 TypeError: got a torch.Tensor; from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor""",
         )

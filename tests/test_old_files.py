@@ -6,7 +6,8 @@ run once, when the format changes, and what it wrote is never touched again.
 Version 1 holds a matrix; version 2 a stack of two, and a transposed view of it; version 3 all of them.
 Version 3 is one of pickles: they name the classes ``torchao_int4cpu.Int4OpaqueTensor`` and so on. What
 is not pickled says 1 or 2 still, and so do safetensors files of version 3. Version 4 is the one of
-float16 scales and zeros, of which bfloat16 can hold none; other weights are written as in version 3.
+float16 scales and zeros, of which bfloat16 can hold none, and version 5 that of weights with an
+act_order; other weights are written as in version 3.
 
 The modules of version 2 are pickled with the names of the modules that the classes were in then.
 """
@@ -19,6 +20,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,9 @@ from torchao_int4cpu.tensor.module_repr import ExtraRepr
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 FILES = Path(__file__).parent / "fixtures"
-SETS = [f"v{version}-{layout}" for version in (1, 2, 3, 4) for layout in ("avx512", "avx2", "default")]
+SETS = [
+    f"v{version}-{layout}" for version in (1, 2, 3, 4, 5) for layout in ("avx512", "avx2", "default")
+]
 
 #: One full block of each layout, and a last group that is short.
 N, K, GROUP_SIZE = 64, 40, 32
@@ -89,6 +93,17 @@ def turned() -> Int4TransposedTensor:
     return view
 
 
+def act_order() -> Tensor:
+    """A permutation that is not its own inverse."""
+    return (torch.arange(K) * 7 % K).int()
+
+
+def ordered(value: GroupwiseInt4) -> Int4OpaqueTensor:
+    return Int4OpaqueTensor.from_groupwise(
+        replace(value, act_order=act_order()), dtype=torch.float16, act_pre_scale=scale()
+    )
+
+
 def float16_weight(value: GroupwiseInt4) -> Int4OpaqueTensor:
     return Int4OpaqueTensor.from_groupwise(
         value, dtype=torch.float16, act_pre_scale=scale(), qparams_dtype=torch.float16
@@ -106,6 +121,11 @@ def state_of(name: str) -> dict[str, Tensor]:
             "layer.stack": float16_weight(stack_value(float16_value)),
             "layer.turned": float16_weight(stack_value(float16_value)).transpose(-2, -1),
         },
+        "v5": {
+            "layer.weight": ordered(value()),
+            "layer.stack": ordered(stack_value()),
+            "layer.turned": ordered(stack_value()).transpose(-2, -1),
+        },
     }
     return states[name[:2]]
 
@@ -113,7 +133,7 @@ def state_of(name: str) -> dict[str, Tensor]:
 def module(name: str) -> nn.Linear:
     """A layer with a 4-bit weight, which shows it when it is printed."""
     layer = nn.Linear(K, N, bias=False)
-    w = float16_weight(float16_value()) if name.startswith("v4") else weight()
+    w = state_of(name)["layer.weight"] if name[:2] in ("v4", "v5") else weight()
     layer.weight = nn.Parameter(w, requires_grad=False)
     layer.extra_repr = ExtraRepr(layer)  # type: ignore[method-assign]
     return layer
@@ -138,6 +158,11 @@ def check(loaded: object, name: str, *, stacked: bool, view: bool = False) -> No
     assert torch.equal(w.to_groupwise().zero.float(), expected.zero.float())
     assert w.act_pre_scale is not None
     assert torch.equal(w.act_pre_scale, scale())
+    if name.startswith("v5"):
+        assert w.act_order is not None
+        assert torch.equal(w.act_order, act_order())
+    else:
+        assert w.act_order is None
 
 
 def check_state(state: dict[str, Tensor], name: str) -> None:
@@ -187,6 +212,8 @@ def test_distributed_checkpoint(name: str) -> None:
         empty.qdata.zero_()
         empty.scale_and_zero.zero_()
         empty.act_pre_scale.zero_()  # type: ignore[union-attr]
+        if empty.act_order is not None:
+            empty.act_order.copy_(torch.arange(K))
     state_dict_loader.load(state, checkpoint_id=FILES / name / "dcp", no_dist=True)
     check_state(state, name)
 
@@ -209,10 +236,10 @@ def test_whole_modules(name: str) -> None:
 def test_pickles_name_the_package_and_no_module_of_it() -> None:
     for name in SETS:
         text = pickled(FILES / name / "parameter.pt")
-        assert (b"ctorchao_int4cpu.t" not in text) == (name[:2] in ("v3", "v4")), name
+        assert (b"ctorchao_int4cpu.t" not in text) == (name[:2] in ("v3", "v4", "v5")), name
 
 
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_files_are_written_as_before(version: int, tmp_path: Path) -> None:
     """Whoever reads the version reads them; what torch writes around pickles is its own."""
     old = FILES / f"v{version}-{native().name}"
@@ -256,9 +283,9 @@ def test_the_sets_really_lie_in_the_layout_that_they_are_named_after() -> None:
             stored[name] = file.get_tensor("layer._weight_qdata").flatten()
             written = json.loads(file.metadata()["layer.weight"])["_data"]
         assert written["qdata_layout"] == name.partition("-")[2]
-        assert written["format_version"] == {"v2": 2, "v4": 4}.get(name[:2], 1)
-    # Versions 3 and 4 have the codes of version 1.
-    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS) - 6
+        assert written["format_version"] == {"v2": 2, "v4": 4, "v5": 5}.get(name[:2], 1)
+    # Versions 3 to 5 have the codes of version 1.
+    assert len({bytes(qdata.tolist()) for qdata in stored.values()}) == len(SETS) - 9
 
 
 def test_the_float16_scales_need_all_of_their_bits() -> None:

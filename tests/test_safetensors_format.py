@@ -99,7 +99,7 @@ def test_loading_repacks(layout: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"format_version": 5}, "format_version=5; .* install a newer one"),
+        ({"format_version": 6}, "format_version=6; .* install a newer one"),
         ({"format_version": None}, "format_version=None"),
         ({"format_version": "1"}, "format_version='1'"),
         ({"qdata_layout": "avx1024"}, "layout 'avx1024' is not known"),

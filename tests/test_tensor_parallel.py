@@ -55,6 +55,7 @@ def test_shards_are_slices_of_the_codes_and_gather_to_them(ranks: Ranks) -> None
         (weight_of(257, 40), (0,)),
         (weight_of(70, 128, scale=scale), (0, 1)),
         (weight_of(70, 128, scale=scale[:1]), (0, 1)),
+        (weight_of(70, 128, ordered=True), (0,)),
         (stack_of(4, 33, 128), (0, 1, 2)),
         (stack_of(7, 80, 128), (0, 1, 2)),
     ]

@@ -92,7 +92,8 @@ def check_whole_view(t: Int4TransposedTensor) -> None:
 
 
 def parts_of(t: Int4OpaqueTensor) -> list[Tensor]:
-    return [t.qdata, t.scale_and_zero] + ([] if t.act_pre_scale is None else [t.act_pre_scale])
+    optional = [part for part in (t.act_pre_scale, t.act_order) if part is not None]
+    return [t.qdata, t.scale_and_zero, *optional]
 
 
 def last_byte(part: Tensor) -> int:
@@ -142,6 +143,8 @@ def check_products(t: Int4OpaqueTensor) -> None:
     qparams = t.scale_and_zero[:, : packed.n].float().abs().amax((0, 2))  # [N], NaN if one is
     assert not bool(y[:, ~qparams.isfinite()].isfinite().any()), "a number came of what is none"
     activation = x if t.act_pre_scale is None else x * t.act_pre_scale.reshape(-1)
+    if t.act_order is not None:
+        activation = activation[:, t.act_order.long()]
     if not bool((activation.abs() < 1e15).all()):
         return
     moderate = qparams < 1e15  # nothing overflows in float32

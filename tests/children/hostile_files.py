@@ -87,7 +87,7 @@ UNRESTRICTED = {"pickle": _torch(False, False), "pickle, mmap": _torch(False, Tr
 def roads(family: str) -> Mapping[str, Road]:
     if family.startswith("safetensors"):
         return {"safetensors": _safetensors}
-    if family == "pt-legacy":  # cannot be mapped
+    if family.startswith("pt-legacy"):  # cannot be mapped
         return {"weights_only": RESTRICTED["weights_only"]}
     if family in RAW_PT:
         return RESTRICTED  # noise must not reach an unpickler that calls whatever it is told to
@@ -263,7 +263,7 @@ def attempts(family: str, folder: Path) -> Iterator[Attempt]:
     for number, case in enumerate(FAMILIES[family]()):
         # Torch reads the data of its old format after it has asked us, and a file that calls the
         # constructor asks for nothing: such weights keep the layout that they have.
-        repacked = family != "pt-legacy" and "constructor" not in case.what
+        repacked = not family.startswith("pt-legacy") and "constructor" not in case.what
         for road, function in roads(family).items():
             path = folder / f"{number} {road}"
             act = partial(load, case, function, path, repacked=repacked)

@@ -6,6 +6,7 @@ import io
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -426,6 +427,41 @@ def legacy() -> Iterator[Case]:
         yield Case(f"cut at {stop}", data[:stop], REFUSED)
 
 
+def orders(**options: Any) -> Iterator[Case]:
+    """An order of columns, whose numbers are checked once read; ``options`` are of `torch.save`."""
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(0)).int()
+    good = get_state(weight()) | {"act_order": order, "format_version": 5}
+    replaced: list[tuple[str, object, str]] = [
+        ("itself", order, KEPT),
+        ("of the columns as they were", torch.arange(K).int(), KEPT),
+        ("with gaps", torch.stack([order, order], -1)[:, 0], KEPT),
+        ("none", None, REFUSED),
+        ("on meta", order.to("meta"), REFUSED),
+        ("of a number too much", torch.cat([order, order[:1]]), REFUSED),
+        ("of a number too few", order[1:].clone(), REFUSED),
+        ("of one number for all", order[:1].expand(K), REFUSED),
+        ("as a column", order[:, None], REFUSED),
+        ("bare", bare(torch.int32, shape=(K,)), REFUSED),
+        ("sparse", order.to_sparse(), REFUSED),
+    ]
+    for dtype in (torch.int64, torch.uint8, torch.int16, torch.float32, torch.bfloat16, torch.bool):
+        replaced.append((f"of {dtype}", order.to(dtype), REFUSED))
+    for at, number in product((0, K // 2, K - 1), (-1, K, 2**31 - 1, -(2**31), int(order[1]))):
+        changed = order.clone()
+        changed[at] = number
+        replaced.append((f"{number} at {at}", changed, REFUSED))
+    for what, odd, expected in replaced:
+        yield Case(f"an order {what}", pt(forged(good | {"act_order": odd}), **options), expected)
+    for version, dtype in product((1, 2, 3, 4, 5, 6), (torch.bfloat16, torch.float16)):
+        scale_and_zero = good["scale_and_zero"].to(dtype)
+        state = good | {"format_version": version, "scale_and_zero": scale_and_zero}
+        expected = KEPT if version == 5 else REFUSED
+        yield Case(f"{dtype}, version {version}", pt(forged(state), **options), expected)
+    for layout in ("avx512", "avx2", "default"):
+        data = pt(forged(good | {"qdata_layout": layout}), **options)
+        yield Case(f"packed for {layout}", data, KEPT)
+
+
 PICKLES: dict[str, Family] = {
     "pt-attributes": attributes,
     "pt-attached": attached,
@@ -437,4 +473,6 @@ PICKLES: dict[str, Family] = {
     "pt-late": late,
     "pt-sizes": sizes,
     "pt-legacy": legacy,
+    "pt-orders": orders,
+    "pt-legacy-orders": partial(orders, _use_new_zipfile_serialization=False),
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchao_int4cpu.format import groupwise
+from torchao_int4cpu.format.act_order import check_act_order
 from torchao_int4cpu.format.checks import check_parts, shown
 from torchao_int4cpu.tensor import module_repr, transposed
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -25,21 +26,27 @@ from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
 #: Raised whenever a reader of the old format could not read the new one. 2 brought stacks and
 #: transposed views; with 3, pickles name the classes ``torchao_int4cpu.Int4OpaqueTensor`` and so on,
-#: wherever the modules are. 4 is that of weights with float16 scales and zeros, and of no others.
+#: wherever the modules are. 4 is that of weights with float16 scales and zeros, and of no others; 5 of
+#: those with an act_order, whose scales may be either.
 #: Whatever an old reader could read is written in the oldest version that has it.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
-_FLOAT16_VERSION = 4
+_FLOAT16_VERSION, _ACT_ORDER_VERSION = 4, 5
 
 #: Fields that are no part of a file: a loaded weight is one of its own.
 _NOT_SAVED = frozenset(("_packed", "_flattened", "provenance", "split_from"))
 
 _PARTS = (*(part.name for part in Int4OpaqueTensor.PARTS), "block_size", "qdata_layout")
 
+#: What pickles of all versions have; with act_order since `_ACT_ORDER_VERSION`.
+_REQUIRED = tuple(name for name in _PARTS if name != "act_order")
+
 
 def get_state(t: Int4OpaqueTensor) -> dict[str, Any]:
     """``__getstate__``: the parts, whatever else Python has attached, and the format version."""
     state = {name: value for name, value in t.__dict__.items() if name not in _NOT_SAVED}
+    if t.act_order is None:
+        del state["act_order"]  # so that old readers find what they know
     if t.ndim == 3 and t.shape[0] > 1 and t.qdata.stride(0) == 0:  # expanded: see `_check_own_bytes`
         state |= {"qdata": t.qdata.contiguous(), "scale_and_zero": t.scale_and_zero.contiguous()}
     return state | {"format_version": _version(t, 3)}
@@ -51,7 +58,9 @@ def version_of(t: Int4Weight) -> int:
 
 
 def _version(t: Int4Weight, oldest: int) -> int:
-    """``oldest``, which holds bfloat16 scales, or the one of float16 scales."""
+    """``oldest``, which holds bfloat16 scales, or the one of float16 scales or of an order."""
+    if t.act_order is not None:
+        return _ACT_ORDER_VERSION
     return _FLOAT16_VERSION if t.scale_and_zero.dtype == torch.float16 else oldest
 
 
@@ -65,14 +74,14 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
             format, or its parts do not fit together.
     """
     state, version = _checked_dict(state)
-    missing = [name for name in _PARTS if name not in state]
+    missing = [name for name in _REQUIRED if name not in state]
     if missing:
         raise ValueError(
             f"a saved 4-bit weight has no {', '.join(missing)}; the file is damaged, save it again"
         )
-    parts = {name: state[name] for name in _PARTS}
+    parts: dict[str, Any] = {name: state.get(name) for name in _PARTS}
     check_parts(shape=tuple(t.shape), dtype=t.dtype, **parts)
-    check_qparams_of_version(version, parts["scale_and_zero"])
+    check_version_of_parts(version, parts["scale_and_zero"], parts["act_order"])
     _check_wrapper(t, parts["qdata"].device)
     attached = {name: value for name, value in state.items() if name not in _PARTS}
     _check_attached(type(t), attached)
@@ -89,7 +98,13 @@ def set_state(t: Int4OpaqueTensor, state: dict[str, Any]) -> None:
     if unread is not None:
         unread.append(t)
     elif not torch.serialization._serialization_tls.skip_data:
-        t.repack_()
+        _finish(t)
+
+
+def _finish(t: Int4OpaqueTensor) -> None:
+    """Check and do what needs the numbers, once they are read."""
+    check_act_order(t.act_order, t.shape[-1])
+    t.repack_()
 
 
 def get_state_of_view(t: Int4TransposedTensor) -> dict[str, Any]:
@@ -278,7 +293,7 @@ def _repack_after_legacy_load() -> None:
         finally:
             _unread.reset(token)
         for t in unread:
-            t.repack_()
+            _finish(t)
         return loaded
 
     legacy_load.torchao_int4cpu = True  # type: ignore[attr-defined]
@@ -304,12 +319,22 @@ def check_version(version: object) -> int:
     return version
 
 
-def check_qparams_of_version(version: int, scale_and_zero: torch.Tensor) -> None:
-    """Check that scales have the dtype that the version is about: both take two bytes.
+def check_version_of_parts(
+    version: int, scale_and_zero: torch.Tensor, act_order: torch.Tensor | None
+) -> None:
+    """Check that a weight has what the version is about: scales of two dtypes take as many bytes.
 
     Raises:
-        ValueError: they have another.
+        ValueError: it has something else.
     """
+    if (act_order is not None) != (version == _ACT_ORDER_VERSION):
+        raise ValueError(
+            f"a saved 4-bit weight of format_version={version} has "
+            f"{'no ' if act_order is None else ''}act_order, which version {_ACT_ORDER_VERSION} has "
+            "and no other, so the file is damaged, save it again"
+        )
+    if act_order is not None:
+        return
     expected = torch.float16 if version == _FLOAT16_VERSION else torch.bfloat16
     if scale_and_zero.dtype != expected:
         raise ValueError(

@@ -1,8 +1,8 @@
 """How a 4-bit weight lies in a safetensors file, in torchao's naming; registered with torchao.
 
 A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
-``a.b._weight_scale_and_zero`` (and ``a.b._weight_act_pre_scale``). The file's metadata says under
-``a.b.weight`` what they are, as JSON::
+``a.b._weight_scale_and_zero`` (and perhaps ``a.b._weight_act_pre_scale``, ``a.b._weight_act_order``).
+The file's metadata says under ``a.b.weight`` what they are, as JSON::
 
     {"_type": "torchao_int4cpu.Int4OpaqueTensor",
      "_data": {"format_version": 1, "block_size": [1, 64], "shape": [512, 1000],
@@ -12,7 +12,7 @@ A weight ``a.b.weight`` is stored as the plain tensors ``a.b._weight_qdata`` and
 
 A stack has a ``shape`` of three numbers and a ``block_size`` to match, and a transposed view says
 ``"transposed": true`` beside the ``shape`` of its weight; both since ``format_version`` 2. Scales and
-zeros in float16 make it ``format_version`` 4; those of the others are bfloat16.
+zeros in float16 make it ``format_version`` 4, and an ``act_order`` 5; those of the others are bfloat16.
 
 Source of the naming: torchao/prototype/safetensors of torchao 0.18, which Hugging Face transformers 5
 and vLLM call. ``_type`` names this package, because torchao's prototype has a class of the same name,
@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.checkpoint.pickles import (
-    check_qparams_of_version,
     check_version,
+    check_version_of_parts,
     version_of,
 )
 from torchao_int4cpu.extras import import_extra
@@ -174,7 +174,7 @@ def from_safetensors(**data: Any) -> Int4Weight:
             "file is damaged"
         )
     weight = Int4OpaqueTensor(**data)
-    check_qparams_of_version(version, weight.scale_and_zero)
+    check_version_of_parts(version, weight.scale_and_zero, weight.act_order)
     weight.repack_()
     return Int4TransposedTensor(weight) if transposed else weight
 

@@ -125,9 +125,9 @@ def _filled(part: Part, pieces: list[Tensor | None], widths: list[int]) -> list[
     dtype, device = found[0].dtype, found[0].device
     for other in found[1:]:
         dtype = torch.promote_types(dtype, other.dtype)
-    assert part.default is not None
+    like = torch.empty(0, dtype=dtype)
     return [
-        torch.full((width,), part.default, dtype=dtype, device=device)
+        part.missing(like, [width], device)
         if piece is None
         else piece.reshape(-1).to(dtype).expand(width)
         for piece, width in zip(pieces, widths)

@@ -214,8 +214,8 @@ def zeros_like(
     for part in weight.PARTS:
         of_weight = getattr(weight, part.name)
         if part.optional and of_weight is not None:
-            entries = shape[-1:] if of_weight.numel() > 1 else of_weight.shape
-            optional[part.name] = of_weight.new_full(entries, part.default, device=device)
+            entries = shape[-1:] if of_weight.numel() > 1 or part.identity else of_weight.shape
+            optional[part.name] = part.missing(of_weight, entries, device)
     empty = type(weight).empty(
         shape,
         weight.group_size,
@@ -323,7 +323,10 @@ def _converted(
     for part in t.PARTS:
         of_weight = getattr(t, part.name)
         if of_weight is not None:
-            converted = convert(of_weight, device)
+            if part.identity and convert is _empty_like:  # any number would be none
+                converted = part.missing(of_weight, of_weight.shape, device)
+            else:
+                converted = convert(of_weight, device)
             parts[part.name] = converted if part.optional else converted.contiguous()
     return t.with_parts(parts, t.shape, dtype=dtype)
 

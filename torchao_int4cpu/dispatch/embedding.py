@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.table import implements
+from torchao_int4cpu.format.act_order import out_of_act_order
 from torchao_int4cpu.kernels.ops.dequantize import traceable_embedding
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -39,4 +40,5 @@ def handle_embedding(
             "embedding got a 4-bit table with act_pre_scale, which scales the activations of a linear "
             "layer; quantize embeddings without AWQ or SmoothQuant"
         )
-    return traceable_embedding(indices, table.packed(), table.dtype)
+    rows = traceable_embedding(indices, table.packed(), table.dtype)
+    return out_of_act_order(rows, table.act_order)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from torchao_int4cpu.dispatch.table import implements
+from torchao_int4cpu.format.act_order import in_act_order
 from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.products import traceable_int4_mm
@@ -54,10 +55,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     activation = input
     if weight.act_pre_scale is not None:
         activation = activation * weight.act_pre_scale.reshape(-1)  # may widen it: rounded once, later
+    activation = in_act_order(activation, weight.act_order)
     if len(shape) != 2:
         activation = activation.reshape(-1, packed.k)
     y = traceable_int4_mm(activation, packed)
-    if activation is not input:
+    if weight.act_pre_scale is not None:
         y = y.to(input.dtype)
     if bias is not None:
         y = y.add_(bias)  # y is ours alone, so no second [M, N] is needed
@@ -73,7 +75,7 @@ def eager_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if is_watched() or _is_any_autocast_enabled() or type(weight) is not Int4OpaqueTensor:
         return None
     packed = weight._packed  # None: to be checked first
-    if packed is None or weight.act_pre_scale is not None:
+    if packed is None or weight.act_pre_scale is not None or weight.act_order is not None:
         return None
     return plain_int4_mm(input, packed, bias)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from torchao_int4cpu.dispatch.cuts import cut
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
-from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
@@ -32,9 +31,10 @@ def expanded(t: Tensor, index: int | None, start: int, stop: int) -> Tensor:
     """A piece as plain numbers ``[stop - start, columns]``, of a weight, a view of one, or a tensor."""
     matrix = t if index is None else t.select(0, index)
     if isinstance(matrix, Int4TransposedTensor):
-        part = cut(matrix.untransposed(), 1, start, stop)
-        return traceable_dequantize(part.packed(), part.dtype).t()
+        weight = matrix.untransposed()
+        if weight.act_order is not None:  # columns that are neighbours lie anywhere
+            return matrix.dense()[start:stop]
+        return cut(weight, 1, start, stop).dense().t()
     if isinstance(matrix, Int4OpaqueTensor):
-        part = cut(matrix, 0, start, stop)
-        return traceable_dequantize(part.packed(), part.dtype)
+        return cut(matrix, 0, start, stop).dense()
     return matrix[start:stop]

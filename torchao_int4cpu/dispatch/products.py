@@ -1,7 +1,8 @@
 """Handlers of the products other than `linear`: mm, addmm, mv, bmm, baddbmm, matmul, grouped_mm.
 
 A 4-bit weight ``W`` ``[N, K]`` may stand on either side, as it is or transposed. With ``act_pre_scale``
-``s`` the matrix that multiplies is ``W · diag(s)``, as in `linear`.
+``s`` the matrix that multiplies is ``W · diag(s)``, as in `linear`. With ``act_order`` the columns of x
+are put into the order of the codes, or those of the result out of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.dispatch.table import implements, implements_function
+from torchao_int4cpu.format.act_order import in_act_order, out_of_act_order
 from torchao_int4cpu.format.checks import check_dense_memory, cure_of_devices
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.kernels.ops.experts import (
@@ -165,11 +167,10 @@ def grouped_product(x: Tensor, experts: Tensor, offs: Tensor) -> Tensor:
         )
     _check_operand("grouped_mm", x, weight)
     if isinstance(experts, Int4TransposedTensor):
-        y = traceable_grouped_mm(_scaled(x, weight), weight.packed_experts(), offs)
+        y = traceable_grouped_mm(_as_codes_lie(x, weight), weight.packed_experts(), offs)
         return y.to(x.dtype)
-    return _scaled_to(
-        traceable_grouped_mm_transposed(x, weight.packed_experts(), offs), weight, x.dtype
-    )
+    y = traceable_grouped_mm_transposed(x, weight.packed_experts(), offs)
+    return _as_columns_were(y, weight).to(x.dtype)
 
 
 def _product(name: str, a: Tensor, b: Tensor, ndim: int) -> Tensor:
@@ -203,14 +204,16 @@ def _times(name: str, x: Tensor, weight: Int4Weight) -> Tensor:
     if isinstance(weight, Int4TransposedTensor):
         packed = weight.untransposed()
         _check_operand(name, x, packed)
-        scaled = _scaled(x, packed)
+        activation = _as_codes_lie(x, packed)
         if x.ndim == 2:
-            return traceable_int4_mm(scaled, packed.packed()).to(x.dtype)
-        return traceable_bmm(scaled, packed.packed_experts()).to(x.dtype)
+            return traceable_int4_mm(activation, packed.packed()).to(x.dtype)
+        return traceable_bmm(activation, packed.packed_experts()).to(x.dtype)
     _check_operand(name, x, weight)
     if x.ndim == 2:
-        return _scaled_to(traceable_int4_mm_transposed(x, weight.packed()), weight, x.dtype)
-    return _scaled_to(traceable_bmm_transposed(x, weight.packed_experts()), weight, x.dtype)
+        y = traceable_int4_mm_transposed(x, weight.packed())
+    else:
+        y = traceable_bmm_transposed(x, weight.packed_experts())
+    return _as_columns_were(y, weight).to(x.dtype)
 
 
 def _plus(name: str, bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
@@ -238,8 +241,14 @@ def _scaled(x: Tensor, weight: Int4OpaqueTensor) -> Tensor:
     return x if scale is None else x * scale.reshape(-1)
 
 
-def _scaled_to(y: Tensor, weight: Int4OpaqueTensor, dtype: torch.dtype) -> Tensor:
-    return _scaled(y, weight).to(dtype)
+def _as_codes_lie(x: Tensor, weight: Int4OpaqueTensor) -> Tensor:
+    """What multiplies the codes for an activation ``x`` ``[..., K]``."""
+    return in_act_order(_scaled(x, weight), weight.act_order)
+
+
+def _as_columns_were(y: Tensor, weight: Int4OpaqueTensor) -> Tensor:
+    """The result ``[..., K]`` of a product with the codes from the other side."""
+    return _scaled(out_of_act_order(y, weight.act_order), weight)
 
 
 def _check_operand(name: str, x: Tensor, weight: Int4OpaqueTensor) -> None:

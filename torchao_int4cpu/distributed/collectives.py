@@ -21,7 +21,7 @@ from torchao_int4cpu.tensor.provenance import Provenance
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 #: The dtypes of parts, as they are sent; 0 stands for no such part.
-DTYPE_NUMBERS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+DTYPE_NUMBERS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.int32: 4}
 
 #: One tensor of a weight, as it is sent.
 _Send = Callable[[Int4OpaqueTensor], Tensor]
@@ -71,8 +71,8 @@ def _receive(target: Int4OpaqueTensor, communicate: Callable[[Tensor, _Send], An
     work = _wait(communicate(sent, _header))
     if not torch.equal(mine[1:], sent[1:]):
         raise ValueError(
-            "this process has a 4-bit weight of [bytes, group_size, dtype of scales, act_pre_scale "
-            "elements, its dtype] "
+            "this process has a 4-bit weight of [bytes, group_size, dtype of scales, elements and "
+            "dtype of act_pre_scale, the same of act_order] "
             f"{mine[1:].tolist()}, and the sending one {sent[1:].tolist()}; all must quantize the "
             "model alike, so give all the same config, or build the model from one checkpoint "
             "everywhere"
@@ -182,7 +182,9 @@ def _joined_along_n(shards: list[Int4OpaqueTensor]) -> Int4OpaqueTensor:
 
 
 def _nan_like(part: Tensor | None) -> Tensor | None:
-    return None if part is None else torch.full_like(part, float("nan"))
+    if part is None or not part.is_floating_point():
+        return part  # an order, which has no pieces along K: joining says so if there are two
+    return torch.full_like(part, float("nan"))
 
 
 def _joined(shards: Sequence[Int4Weight]) -> Int4Weight:

@@ -27,8 +27,9 @@ def check_parts(
     qdata_layout: object,
     dtype: object,
     act_pre_scale: object = None,
+    act_order: object = None,
 ) -> None:
-    """Check that the parts make an `Int4OpaqueTensor`.
+    """Check that the parts make an `Int4OpaqueTensor`; the numbers of an order: `check_act_order`.
 
     PyTorch's op reads as many groups as ``qdata`` calls for, whatever ``scale_and_zero`` has, so
     parts from a damaged file must never get as far as the op.
@@ -82,10 +83,21 @@ def check_parts(
                 f"it must have one element or shape [{shape[-1]}]"
             )
         parts["act_pre_scale"] = act_pre_scale
+    if act_order is not None:
+        if not isinstance(act_order, Tensor) or act_order.dtype != torch.int32:
+            got = getattr(act_order, "dtype", type(act_order).__name__)
+            raise TypeError(f"act_order is {got}; it must be a torch.int32 tensor, so convert it")
+        _check_memory("act_order", act_order)
+        if list(act_order.shape) != [shape[-1]]:
+            raise ValueError(
+                f"act_order has shape {list(act_order.shape)}; it must have shape [{shape[-1]}], a "
+                "number for each column, so take it from the checkpoint that the codes are from"
+            )
+        parts["act_order"] = act_order
     devices = [part.device.type for part in parts.values()]
     if len(set(devices)) > 1:
         raise ValueError(
-            f"qdata, scale_and_zero and act_pre_scale are on {', '.join(devices)}; all must be on one "
+            f"{', '.join(parts)} are on {', '.join(devices)}; all must be on one "
             "device, so load them with map_location='cpu'"
         )
 

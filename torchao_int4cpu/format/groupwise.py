@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchao_int4cpu.format.act_order import check_act_order, out_of_act_order
+
 #: Group sizes that PyTorch's int4 op accepts.
 GROUP_SIZES = (32, 64, 128, 256)
 
@@ -56,6 +58,8 @@ class GroupwiseInt4:
         scale: float [N, G], finite         G = ceil(K / group_size)
         zero:  float [N, G], finite, dtype and device of scale
         group_size: 32, 64, 128 or 256
+        act_order: int32 [K], a permutation, or None: column k of all this is column act_order[k] of
+                   the matrix that is meant
 
     A stack of E such matrices has one dimension more in front: codes ``[E, N, K]`` and so on.
 
@@ -71,6 +75,7 @@ class GroupwiseInt4:
     scale: Tensor
     zero: Tensor
     group_size: int
+    act_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
@@ -99,6 +104,14 @@ class GroupwiseInt4:
                 )
         if int(self.codes.amax()) > 15:
             raise ValueError(f"codes reach {int(self.codes.amax())}; the largest is 15")
+        if self.act_order is not None:
+            k = self.codes.shape[-1]
+            if self.act_order.dtype != torch.int32 or list(self.act_order.shape) != [k]:
+                raise TypeError(
+                    f"act_order is {self.act_order.dtype} {list(self.act_order.shape)}; it must be "
+                    f"torch.int32 [{k}], a number for each column"
+                )
+            check_act_order(self.act_order, k)
 
     @property
     def shape(self) -> torch.Size:
@@ -106,7 +119,7 @@ class GroupwiseInt4:
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``[N, K]`` (or ``[E, N, K]``) in ``dtype``.
+        """Return ``[N, K]`` (or ``[E, N, K]``) in ``dtype``, columns as they were before ``act_order``.
 
         The equation of the class is evaluated in float32 (float64 if asked for) and rounded once.
         """
@@ -118,7 +131,7 @@ class GroupwiseInt4:
             columns = slice(group * self.group_size, min(k, (group + 1) * self.group_size))
             centred = self.codes[..., columns].to(exact) - CODE_OFFSET
             out[..., columns] = centred * scale[..., group, None] + zero[..., group, None]
-        return out
+        return out_of_act_order(out, self.act_order)
 
 
 GroupwiseInt4.__module__ = "torchao_int4cpu"  # as pickles name it, wherever this file is

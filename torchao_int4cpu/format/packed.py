@@ -30,7 +30,8 @@ class Part(NamedTuple):
         k_unit: the number of columns that an entry along ``k_dim`` stands for, or `GROUP`.
         packed: whether it holds the codes, whose order is that of a layout.
         stacked: whether a stack has one of it for each matrix; else all matrices share it.
-        default: for an optional part, the number that stands for a missing one; None if it is required.
+        default: for an optional part, the number that stands for a missing one.
+        identity: of an optional part, whether 0, 1 and so on stand for a missing one instead.
     """
 
     name: str
@@ -40,11 +41,19 @@ class Part(NamedTuple):
     packed: bool = False
     stacked: bool = False
     default: float | None = None
+    identity: bool = False
 
     @property
     def optional(self) -> bool:
         """Whether a weight may be without it."""
-        return self.default is not None
+        return self.identity or self.default is not None
+
+    def missing(self, like: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+        """What a weight without this optional part has in its place, in the dtype of ``like``."""
+        if self.identity:
+            return torch.arange(math.prod(shape), dtype=like.dtype, device=device).view(shape)
+        assert self.default is not None
+        return torch.full(shape, self.default, dtype=like.dtype, device=device)
 
     def k_slice(self, start: int, stop: int, group_size: int) -> slice:
         """The entries along ``k_dim`` that stand for columns ``start:stop``."""
@@ -57,6 +66,7 @@ INT4_PARTS = (
     Part("qdata", n_dim=-2, k_dim=-1, k_unit=2, packed=True, stacked=True),
     Part("scale_and_zero", n_dim=-2, k_dim=-3, k_unit=GROUP, stacked=True),
     Part("act_pre_scale", k_dim=-1, default=1.0),
+    Part("act_order", identity=True),
 )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
-from torchao_int4cpu.importers.gptq import check_order
+from torchao_int4cpu.importers.gptq import act_order_of
 from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
 from torchao_int4cpu.importers.words import CODES, check_part, check_words, unpack_words
 
@@ -47,7 +47,7 @@ def groupwise_of_compressed_tensors(
     Raises:
         TypeError: a part has the wrong dtype.
         ValueError: not 4 bits, parts that do not fit together, groups whose columns do not follow each
-            other (``actorder="group"``), or of a size that there is not here.
+            other even when sorted, or of a size that there is not here.
     """
     if weight_shape.numel() != 2 or weight_packed.ndim != 2 or weight_scale.ndim != 2:
         raise ValueError(
@@ -62,11 +62,11 @@ def groupwise_of_compressed_tensors(
     check_words(weight_packed=(weight_packed, (n, -(-k // CODES))))
     check_part("weight_scale", weight_scale, FLOAT_DTYPES, (n, groups))
     group_size = group_size_of(k, groups, group_size)
-    check_order(weight_g_idx, k, groups, group_size)
+    act_order = act_order_of(weight_g_idx, k, groups, group_size)
     scale = weight_scale.float()
     zero = torch.zeros_like(scale)
     if weight_zero_point is not None:
         check_words(weight_zero_point=(weight_zero_point, (-(-n // CODES), groups)))
         points = unpack_words(weight_zero_point, 0)[:n].float() - CODE_OFFSET
         zero = -points * scale
-    return in_our_groups(unpack_words(weight_packed, 1)[:, :k], scale, zero, group_size)
+    return in_our_groups(unpack_words(weight_packed, 1)[:, :k], scale, zero, group_size, act_order)

@@ -48,7 +48,7 @@ def groupwise_of_gptq(
     Raises:
         TypeError: a part has the wrong dtype.
         ValueError: not 4 bits, parts that do not fit together, groups whose columns do not follow each
-            other (``desc_act``), or of a size that there is not here.
+            other even when sorted, or of a size that there is not here.
     """
     if qweight.ndim != 2 or scales.ndim != 2:
         raise ValueError(
@@ -65,15 +65,16 @@ def groupwise_of_gptq(
     check_words(qweight=(qweight, (-(-k // CODES), n)), qzeros=(qzeros, (groups, -(-n // CODES))))
     check_part("scales", scales, FLOAT_DTYPES, (groups, n))
     group_size = group_size_of(k, groups, group_size)
-    check_order(g_idx, k, groups, group_size)
+    act_order = act_order_of(g_idx, k, groups, group_size)
     codes = unpack_words(qweight, 0)[:k].t()
     points = unpack_words(qzeros, 1)[:, :n].t().float()
     scale = scales.t().float()
-    return in_our_groups(codes, scale, (CODE_OFFSET - points - int(version == 1)) * scale, group_size)
+    zero = (CODE_OFFSET - points - int(version == 1)) * scale
+    return in_our_groups(codes, scale, zero, group_size, act_order)
 
 
-def check_order(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> None:
-    """Check that groups are of columns that follow each other.
+def act_order_of(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> Tensor | None:
+    """The order that brings the columns of a group together; None if they are.
 
     Args:
         g_idx: the group of each column; None for groups in order.
@@ -81,21 +82,29 @@ def check_order(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> N
         groups: the number of groups.
         group_size: columns of a group.
 
+    Returns:
+        int32 ``[K]``: first the columns of group 0, as they follow each other, and so on.
+
     Raises:
         TypeError: ``g_idx`` is no tensor of integers.
-        ValueError: it names a group that there is not, or groups are not in order.
+        ValueError: it names a group that there is not, or does not fill the groups one by one.
     """
     if g_idx is None:
-        return
+        return None
     check_part("g_idx", g_idx, (torch.int32, torch.int64), (k,))
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ValueError(
             f"g_idx has groups from {int(g_idx.min())} to {int(g_idx.max())} beside {groups} groups of "
             "scales; the file is damaged"
         )
-    if not torch.equal(g_idx.long(), torch.arange(k) // group_size):
+    in_order = torch.arange(k) // group_size
+    if torch.equal(g_idx.long(), in_order):
+        return None
+    found, order = g_idx.long().sort(stable=True)
+    if not torch.equal(found, in_order):
+        sizes = torch.bincount(found, minlength=groups)
         raise ValueError(
-            "g_idx gives the columns of a group in another order (desc_act, act-order), which is not "
-            "read yet; take a checkpoint with desc_act=false, or load this one with GPTQModel after "
-            "torchao_int4cpu.import_checkpoints(False)"
+            f"g_idx puts {int(sizes.min())} to {int(sizes.max())} of {k} columns into a group; each "
+            f"group but the last must have {group_size}, so the file is damaged"
         )
+    return order.int()

@@ -33,14 +33,18 @@ def group_size_of(k: int, groups: int, configured: int | None) -> int:
     return next((size for size in GROUP_SIZES if smallest <= size <= largest), smallest)
 
 
-def in_our_groups(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> GroupwiseInt4:
+def in_our_groups(
+    codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, act_order: Tensor | None = None
+) -> GroupwiseInt4:
     """The same weight in the largest groups that there are here and that divide its own.
 
     Args:
-        codes: uint8 ``[N, K]``.
+        codes: uint8 ``[N, K]``, columns as the file has them.
         scale: float ``[N, ceil(K / group_size)]``; w = (code - 8) * scale + zero.
         zero: as scale.
         group_size: columns that share a scale; K or more for one group a row.
+        act_order: int32 ``[K]``, the columns of the groups, one group behind the other; None if they
+            follow each other.
 
     Raises:
         ValueError: no group size of ours divides it, as 16.
@@ -56,4 +60,6 @@ def in_our_groups(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -
     if ours != group_size:
         groups = torch.arange(-(-codes.shape[-1] // ours)) * ours // group_size
         scale, zero = scale[:, groups], zero[:, groups]
-    return GroupwiseInt4(codes.contiguous(), scale.contiguous(), zero.contiguous(), ours)
+    if act_order is not None:
+        codes = codes[:, act_order.long()]
+    return GroupwiseInt4(codes.contiguous(), scale.contiguous(), zero.contiguous(), ours, act_order)

@@ -1,5 +1,7 @@
 """Patches of how transformers 5 loads and saves torchao's weights, two of which 4-bit embeddings need.
 
+- It looks for parts of weights by a list of names, which lacks act_order.
+
 - It marks a module as initialized as soon as its weight is quantized or read, so that a buffer that no
   file holds, as the scale of Gemma's embedding, stays uninitialized memory.
 - It writes a 4-bit weight that an embedding and a head share twice, because it looks for shared memory
@@ -31,10 +33,11 @@ QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
 
 
 def _patch(module: ModuleType) -> None:
-    """Wrap two methods of ``TorchAoHfQuantizer``, once."""
+    """Wrap two methods and a property of ``TorchAoHfQuantizer``, once."""
     quantizer = module.TorchAoHfQuantizer
     after_loading = quantizer._process_model_after_weight_loading
     before_saving = quantizer.get_state_dict_and_metadata
+    names_of_parts = quantizer.serialized_names.fget
     if hasattr(after_loading, "torchao_int4cpu"):
         return
 
@@ -53,9 +56,15 @@ def _patch(module: ModuleType) -> None:
         _drop_second_copies(model, state, metadata)
         return state, metadata
 
+    @functools.wraps(names_of_parts)
+    def serialized_names(self: Any) -> dict[str, list[str]]:
+        found = names_of_parts(self)
+        return {name: [*parts, f"_{name}_act_order"] for name, parts in found.items()}
+
     load.torchao_int4cpu = True  # type: ignore[attr-defined]
     quantizer._process_model_after_weight_loading = load
     quantizer.get_state_dict_and_metadata = save
+    quantizer.serialized_names = property(serialized_names)
 
 
 def _initialize_buffers(model: Any) -> None:

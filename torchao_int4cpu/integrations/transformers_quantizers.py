@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.awq import groupwise_of_awq
 from torchao_int4cpu.importers.compressed_tensors import groupwise_of_compressed_tensors
@@ -286,7 +287,14 @@ class ReadExperts(_Reading):
                 if stem + name in input_dict
             }
             experts = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
-            read[stem + first] = [self._expert(parts, dtype) for parts in experts]
+            weights = [self._expert(parts, dtype) for parts in experts]
+            if not all(same_numbers(weights[0].act_order, other.act_order) for other in weights):
+                raise ValueError(
+                    "the experts have their columns in orders of their own (desc_act), and a stack has "
+                    "one for all; take a checkpoint with desc_act=false, or load this one with "
+                    "GPTQModel after torchao_int4cpu.import_checkpoints(False)"
+                )
+            read[stem + first] = weights
         return read
 
     def _expert(self, parts: Parts, dtype: torch.dtype) -> Int4OpaqueTensor:

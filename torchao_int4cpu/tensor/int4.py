@@ -14,6 +14,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.format.act_order import check_act_order, out_of_act_order
 from torchao_int4cpu.format.checks import check_parts, check_qparams_dtype, group_size_of
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, QPARAMS_DTYPE, GroupwiseInt4
 from torchao_int4cpu.format.huge_pages import prefer_huge_pages
@@ -49,6 +50,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             tool has its scales so. In a view of some rows of a weight the groups lie as far apart as
             in that weight.
         act_pre_scale: optional, float, ``[K]`` or one element; multiplies the activation.
+        act_order: optional, int32 ``[K]``, a permutation: codes are those of columns in this order
+            (`format.act_order`). All matrices of a stack share it.
 
     Attributes:
         block_size: ``[1, group_size]``, in a stack ``[1, 1, group_size]``.
@@ -79,6 +82,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
     qdata: Tensor
     scale_and_zero: Tensor
     act_pre_scale: Tensor | None
+    act_order: Tensor | None
     block_size: list[int]
     qdata_layout: str
     provenance: Provenance = OWN
@@ -98,9 +102,13 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         qdata_layout: str,
         dtype: torch.dtype,
         act_pre_scale: Tensor | None = None,
+        act_order: Tensor | None = None,
         read_only: bool = False,
     ) -> Int4OpaqueTensor:
-        check_parts(qdata, scale_and_zero, block_size, shape, qdata_layout, dtype, act_pre_scale)
+        check_parts(
+            qdata, scale_and_zero, block_size, shape, qdata_layout, dtype, act_pre_scale, act_order
+        )
+        check_act_order(act_order, shape[-1])
         tensor: Int4OpaqueTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=qdata.device, requires_grad=False
         )
@@ -115,6 +123,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         qdata_layout: str,
         dtype: torch.dtype,
         act_pre_scale: Tensor | None = None,
+        act_order: Tensor | None = None,
         read_only: bool = False,
     ) -> None:
         super().__init__()
@@ -126,6 +135,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         self.block_size = list(block_size)
         self.qdata_layout = qdata_layout
         self.act_pre_scale = act_pre_scale
+        self.act_order = act_order
         if read_only:
             self.provenance = Provenance(read_only=True)
         self._remember()  # `__new__` has checked them
@@ -170,7 +180,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         """Pack codes for this process's instruction set. They are kept exactly.
 
         Args:
-            groupwise: codes, scales and zeros.
+            groupwise: codes, scales and zeros, and perhaps the order of its columns.
             dtype: what `dequantize` gives.
             act_pre_scale: as in the class.
             qparams_dtype: bfloat16 or float16; scale and zero are rounded to it if they are not in it
@@ -187,6 +197,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             groupwise.group_size,
             dtype,
             act_pre_scale=act_pre_scale,
+            act_order=groupwise.act_order,
             qparams_dtype=qparams_dtype,
         )
         if len(groupwise.shape) == 2:
@@ -207,6 +218,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         *,
         device: torch.device | str = "cpu",
         act_pre_scale: Tensor | None = None,
+        act_order: Tensor | None = None,
         qparams_dtype: torch.dtype = QPARAMS_DTYPE,
     ) -> Int4OpaqueTensor:
         """A weight with uninitialised parts in this process's layout, to be copied into.
@@ -231,15 +243,16 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             layout.name,
             dtype,
             act_pre_scale,
+            act_order,
         )
 
     def to_groupwise(self) -> GroupwiseInt4:
         """Unpack: the exact codes, and scale and zero as stored, in bfloat16 or float16."""
         matrices = [_unpacked(weight) for weight in self.matrices()]
         if self.ndim == 2:
-            return GroupwiseInt4(*matrices[0], self.group_size)
+            return GroupwiseInt4(*matrices[0], self.group_size, self.act_order)
         codes, scale, zero = (torch.stack(parts) for parts in zip(*matrices))
-        return GroupwiseInt4(codes, scale, zero, self.group_size)
+        return GroupwiseInt4(codes, scale, zero, self.group_size, self.act_order)
 
     def dequantize(self) -> Tensor:
         """Return the weight as a plain tensor of its shape and logical dtype, rounded once.
@@ -255,8 +268,9 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
 
     def dense(self) -> Tensor:
         """`dequantize`, by ops on the parts."""
-        dense = [traceable_dequantize(weight, self.dtype) for weight in self.matrices()]
-        return dense[0] if self.ndim == 2 else torch.stack(dense)
+        matrices = [traceable_dequantize(weight, self.dtype) for weight in self.matrices()]
+        dense = matrices[0] if self.ndim == 2 else torch.stack(matrices)
+        return out_of_act_order(dense, self.act_order)
 
     @property
     def group_size(self) -> int:
@@ -356,6 +370,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
                 # A class with more parts checks those itself.
                 **{part.name: getattr(self, part.name) for part in INT4_PARTS},
             )
+            check_act_order(self.act_order, self.shape[-1])
         return self._packed or self._remember()
 
     def _remember(self) -> PackedInt4:
@@ -416,6 +431,8 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         text = f"shape={list(self.shape)}, group_size={self.group_size}, dtype={self.dtype}"
         if self.act_pre_scale is not None:
             text += f", act_pre_scale={list(self.act_pre_scale.shape)}"
+        if self.act_order is not None:
+            text += ", act_order"
         return text
 
     def __repr__(self, *, tensor_contents: object = None) -> str:

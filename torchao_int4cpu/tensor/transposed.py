@@ -103,6 +103,11 @@ class Int4TransposedTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao 
         """Of the weight."""
         return self.untransposed().act_pre_scale
 
+    @property
+    def act_order(self) -> Tensor | None:
+        """Of the weight."""
+        return self.untransposed().act_order
+
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         return ["weight"], {}
 
