@@ -143,6 +143,7 @@ def test_a_compiled_graph_follows_the_choice_when_it_runs() -> None:
         assert torch.equal(compiled(x), exact)
 
 
+@pytest.mark.slow
 @needs_int8
 def test_the_environment_asks() -> None:
     script = "import torchao_int4cpu as t; print(t.get_kernel(), t.get_activations())"

@@ -75,7 +75,7 @@ def imported(*modules: str, path: list[Path], autoload: str = "1") -> dict[str, 
         pytest.param(["torchao_int4cpu"], marks=pytest.mark.slow),  # which imports torch, and torchao
         pytest.param(["transformers.quantizers.quantizer_torchao"], marks=pytest.mark.slow),
         pytest.param(["torch", "transformers.modeling_utils"], marks=pytest.mark.slow),
-        ["transformers.modeling_utils"],
+        pytest.param(["transformers.modeling_utils"], marks=pytest.mark.slow),
     ],
     ids=", ".join,
 )

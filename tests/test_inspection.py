@@ -68,9 +68,10 @@ def test_the_layout_is_that_of_the_file_not_of_this_cpu(name: str) -> None:
         assert (weight.group_size, weight.dtype) == (GROUP_SIZE, "float16")
         assert weight.qparams_dtype == ("float16" if name.startswith("v4") else "bfloat16")
         matrices = 1 if len(weight.shape) == 2 else 2
-        # codes and scales in groups of 32, where K = 40 takes two; and act_pre_scale
-        assert weight.nbytes == matrices * (N * 64 // 2 + N * 2 * 4) + K * 4
-    parts = 3 * len(contents.weights)
+        # codes and scales in groups of 32, where K = 40 takes two; act_pre_scale, and in v5 act_order
+        shared = K * 4 * (2 if name.startswith("v5") else 1)
+        assert weight.nbytes == matrices * (N * 64 // 2 + N * 2 * 4) + shared
+    parts = (4 if name.startswith("v5") else 3) * len(contents.weights)
     assert (contents.verified, contents.others, contents.problems) == (parts, [], [])
 
 

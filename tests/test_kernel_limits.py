@@ -145,7 +145,7 @@ def test_products_in_many_pieces_are_within_the_bound(
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
     [
-        ("prefill", "bfloat16"),
+        pytest.param("prefill", "bfloat16", marks=pytest.mark.slow),
         pytest.param("prefill", "float32", marks=pytest.mark.slow),
         pytest.param("prefill_transposed", "bfloat16", marks=pytest.mark.slow),
         pytest.param("prefill_transposed", "float32", marks=pytest.mark.slow),

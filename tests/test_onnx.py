@@ -164,6 +164,7 @@ def test_products_and_look_ups_are_in_every_opset(opset: int, tmp_path: Path) ->
     assert file.opsets == {"": opset, "com.microsoft": 1}
 
 
+@pytest.mark.slow
 def test_the_program_of_torch_export(tmp_path: Path) -> None:
     """As it is, decomposed, and made under `set_kernel`: the same file."""
     weight = random_weight(33, 150)

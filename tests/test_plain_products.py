@@ -154,7 +154,7 @@ def test_rows_that_are_not_finite_stay_alone(variant: Variant, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     "variant",
-    [CALLED_KERNELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CALLED_KERNELS[1:])],
+    [pytest.param(name, marks=pytest.mark.slow) for name in CALLED_KERNELS],
     indirect=True,
 )
 def test_it_keeps_no_reference(variant: Variant) -> None:
