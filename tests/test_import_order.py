@@ -72,7 +72,7 @@ MODULES = {
         "survey",
     ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
-    "convert": ["plan", "directory"],
+    "convert": ["plan", "shards", "directory"],
     "integrations": [
         "torchao_int4cpu_on_import",
         "dlpack",

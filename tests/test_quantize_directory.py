@@ -43,8 +43,10 @@ from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.checkpoint.inspect import inspect
 from torchao_int4cpu.convert import directory as quantize_directory
-from torchao_int4cpu.convert.directory import Report, sqnr
+from torchao_int4cpu.convert import shards
+from torchao_int4cpu.convert.directory import sqnr
 from torchao_int4cpu.convert.plan import Plan, make_plan
+from torchao_int4cpu.convert.shards import Report
 from torchao_int4cpu.extras import MissingExtra
 
 CONFIG = Int4WeightOnlyConfig(group_size=32)
@@ -216,7 +218,7 @@ def test_several_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = tmp_path / "source"
     llama().bfloat16().save_pretrained(source, max_shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    monkeypatch.setattr(quantize_directory, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     plan, report = quantized(source, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert report.shards == len(files) > 2
@@ -253,7 +255,7 @@ class Stopped(Exception):
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize_directory, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     source = written(llama(), tmp_path / "source")
     _, whole = quantized(source, tmp_path / "whole")
     count = len(whole.tensors)

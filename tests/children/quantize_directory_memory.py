@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu.convert import directory as quantize_directory
+from torchao_int4cpu.convert import shards
 from torchao_int4cpu.convert.plan import make_plan
 
 
@@ -16,7 +17,7 @@ def peak() -> int:
 
 
 def main(source: str, out: str) -> None:
-    quantize_directory.SHARD_BYTES = 1
+    shards.SHARD_BYTES = 1
     plan = make_plan(Path(source), Int4WeightOnlyConfig())
     before = peak()
     quantize_directory.quantize_directory(plan, Path(out), lambda name, done: None)

@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 from torchao_int4cpu import __main__
-from torchao_int4cpu.convert import directory
+from torchao_int4cpu.convert import shards
 
 
 def main(wait_after: str, *command: str) -> None:
-    write_shard = directory._write_shard
+    write_shard = shards._write_shard
     written = 0
 
     def write_or_wait(*arguments: Any) -> Any:
@@ -24,8 +24,8 @@ def main(wait_after: str, *command: str) -> None:
 
     # A shell's background job ignores SIGINT, and so would this child of a test that runs in one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    directory.SHARD_BYTES = 1
-    directory._write_shard = write_or_wait  # type: ignore[assignment]
+    shards.SHARD_BYTES = 1
+    shards._write_shard = write_or_wait  # type: ignore[assignment]
     sys.exit(__main__.main(list(command)))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.commands.options import DTYPES, Commands
-from torchao_int4cpu.convert.directory import Done, Progress, Report, quantize_directory
+from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.plan import Plan, make_plan
+from torchao_int4cpu.convert.shards import Done, Progress, Report
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
