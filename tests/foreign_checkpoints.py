@@ -101,8 +101,22 @@ def compressed_tensors_parts(weight: Foreign, symmetric: bool = False) -> dict[s
     return parts
 
 
+def mlx_parts(weight: Foreign, every: int = 0) -> dict[str, Tensor]:
+    """The zero point as a bias, exact in float32; one of ``every`` scales is negative."""
+    scale = weight.scale.float()
+    numbers = torch.arange(scale.numel()).view(scale.shape)
+    turned = numbers % every == 0 if every else numbers < 0
+    codes = torch.where(turned[:, weight.g_idx], 15 - weight.codes, weight.codes)
+    biases = torch.where(turned, 15 - weight.points, -weight.points) * scale
+    scales = torch.where(turned, -scale, scale)
+    words = pack_words(_padded(codes, 1), 1).view(torch.uint32)
+    return {"weight": words, "scales": scales, "biases": biases}
+
+
 def config_of_format(format: str, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """The ``quantization_config``; formats are "gptq", "gptq_v2", "awq" and "compressed-tensors"."""
+    """The ``quantization_config``; for the formats of `parts_of`."""
+    if format == "mlx":
+        return {"bits": 4, "group_size": group_size}
     if format == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
     if format == "compressed-tensors":
@@ -132,8 +146,11 @@ def config_of_format(format: str, group_size: int, symmetric: bool) -> dict[str,
 
 
 def parts_of(format: str, weight: Foreign, symmetric: bool) -> dict[str, Tensor]:
+    """Of "gptq", "gptq_v2", "awq", "compressed-tensors" or "mlx"."""
     if format == "awq":
         return awq_parts(weight)
+    if format == "mlx":
+        return mlx_parts(weight)
     if format == "compressed-tensors":
         return compressed_tensors_parts(weight, symmetric)
     return gptq_parts(weight, 2 if format == "gptq_v2" else 1)
@@ -147,6 +164,7 @@ def save_foreign(
     symmetric: bool = False,
     *,
     head: bool = False,
+    embeddings: bool = False,
     own_groups: Mapping[str, int] | None = None,
     act_order: bool = False,
 ) -> dict[str, Foreign]:
@@ -160,7 +178,8 @@ def save_foreign(
     state, weights = {}, {}
     for name, tensor in model.state_dict().items():
         for key, matrix in _matrices(name, tensor):
-            if matrix.ndim != 2 or not ("proj" in key or (head and "lm_head" in key)):
+            ends = (head and "lm_head" in key) or (embeddings and "embed" in key)
+            if matrix.ndim != 2 or not ("proj" in key or ends):
                 state[key] = matrix.clone()
                 continue
             own = [size for end, size in (own_groups or {}).items() if key.endswith(f"{end}.weight")]
@@ -174,6 +193,8 @@ def save_foreign(
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
     config["quantization_config"] = config_of_format(format, group_size, symmetric)
+    if format == "mlx":
+        config["quantization"] = config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return weights

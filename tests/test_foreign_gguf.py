@@ -141,8 +141,10 @@ def test_inspect_says_what_of_a_file_is_kept(
     write(tmp_path / "model.gguf", kind)
     assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 0
     printed = capsys.readouterr().out
-    assert "GGUF, read by transformers' from_pretrained" in printed
-    assert "4-bit weights  14, once it is loaded\nother tensors  5 F32, 1 Q8_0\n" in printed
+    assert "GGUF, read by the command convert, and by transformers' from_pretrained" in printed
+    assert (
+        "4-bit weights  14, once it is converted or loaded\nother tensors  5 F32, 1 Q8_0\n" in printed
+    )
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 1
     assert "is no whole GGUF file" in capsys.readouterr().err

@@ -332,13 +332,14 @@ def test_inspect_promises_nothing_of_other_bits(
     assert "from_pretrained" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, "mlx"])
 def test_inspect_says_what_becomes_4_bit(
     format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_foreign(tmp_path, tiny_llama(), format)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    name = "gptq" if format == "gptq_v2" else format
-    assert f"format         {name}, read by transformers' from_pretrained" in printed
-    assert "4-bit weights  14, once it is loaded\nother tensors  7 dense\n" in printed
+    name = {"gptq_v2": "gptq", "mlx": "MLX"}.get(format, format)
+    assert f"format         {name}, read by the command convert" in printed
+    assert ("and by transformers' from_pretrained" in printed) == (format != "mlx")
+    assert "4-bit weights  14, once it is converted or loaded\nother tensors  7 dense\n" in printed

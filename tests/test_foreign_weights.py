@@ -16,6 +16,7 @@ from tests.foreign_checkpoints import (
     compressed_tensors_parts,
     foreign,
     gptq_parts,
+    mlx_parts,
     pack_words,
 )
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
@@ -24,6 +25,7 @@ from torchao_int4cpu.importers.compressed_tensors import groupwise_of_compressed
 from torchao_int4cpu.importers.gguf import KINDS, groupwise_of_gguf
 from torchao_int4cpu.importers.gptq import groupwise_of_gptq
 from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
+from torchao_int4cpu.importers.mlx import groupwise_of_mlx
 from torchao_int4cpu.importers.weight import qparams_dtype_of
 from torchao_int4cpu.importers.words import unpack_words
 
@@ -239,6 +241,31 @@ WORDS = torch.zeros(12, 24, dtype=torch.int32)
 def test_damaged_gptq(changes: dict[str, Tensor], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         groupwise_of_gptq(**damaged("gptq", **changes), k=96)
+
+
+def test_mlx() -> None:
+    """Scales of both signs; a group that ends early."""
+    weight = foreign(torch.randn(24, 150), 64, False)
+    groupwise = groupwise_of_mlx(**mlx_parts(weight, every=3), k=150, group_size=64)
+    assert bool((groupwise.scale < 0).any())
+    assert torch.equal(groupwise.dequantize(torch.float64), weight.dense())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.zeros(24, 24).to(torch.uint32)}, "for 96 inputs, 8 bits a weight"),
+        ({"weight": torch.zeros(24, 12).int()}, "weight is torch.int32; it must be a tensor of uint32"),
+        ({"scales": torch.ones(24, 4)}, r"biases has shape \[24, 3\].*must be \[24, 4\]"),
+        ({"scales": torch.ones(23, 3)}, r"weight has shape \[24, 12\].*must be \[23, 12\]"),
+        ({"biases": torch.ones(24, 3).int()}, "biases is torch.int32"),
+        ({"biases": torch.full((24, 3), torch.inf)}, "zero has NaN or infinite values"),
+    ],
+)
+def test_damaged_mlx(changes: dict[str, Tensor], message: str) -> None:
+    parts: dict[str, Any] = mlx_parts(foreign(torch.randn(24, 96), 32, False)) | changes
+    with pytest.raises((TypeError, ValueError), match=message):
+        groupwise_of_mlx(**parts, k=96)
 
 
 @pytest.mark.parametrize(

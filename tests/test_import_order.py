@@ -25,8 +25,8 @@ FLOORS = [
     "checkpoint",
     "importers",
     "quantize",
-    "convert",
     "integrations",
+    "convert",
     "bench",
     "commands",
 ]
@@ -69,10 +69,12 @@ MODULES = {
         "awq",
         "compressed_tensors",
         "gguf",
+        "mlx",
+        "onnx",
         "survey",
     ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
-    "convert": ["plan", "shards", "directory"],
+    "convert": ["plan", "shards", "directory", "foreign", "onnx_weights"],
     "integrations": [
         "torchao_int4cpu_on_import",
         "dlpack",
@@ -113,6 +115,7 @@ MODULES = {
         "bench_views",
         "bench",
         "quantize",
+        "convert",
         "inspect",
     ],
 }

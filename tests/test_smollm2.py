@@ -66,6 +66,19 @@ def test_the_file_is_kept_exactly_and_the_logits_are_those_of_its_expansion(file
     assert 0 <= kl(found) < 0.3 * kl(rounded)
 
 
+def test_it_is_converted_to_the_same_model(file: Path, tmp_path: Path) -> None:
+    """With its tokenizer, in two files."""
+    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--dtype", "fp16"]) == 0
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float16
+    )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, expected(ids).logits)
+
+
 def test_the_demo(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "What is the capital of France?"
     assert cli.main(["demo", "--model", SMOLLM2, "--prompt", prompt, "--new-tokens", "8"]) == 0

@@ -64,8 +64,11 @@ def _print_weights(contents: Contents) -> None:
 
 def _print_survey(survey: Survey) -> None:
     others = ", ".join(f"{count} {what}" for what, count in survey.others.items())
-    print(f"{'format':<14} {survey.format}, read by transformers' from_pretrained beside this package")
-    print(f"{'4-bit weights':<14} {survey.read}, once it is loaded")
+    by = "the command convert"
+    if survey.format != "MLX":
+        by += ", and by transformers' from_pretrained beside this package"
+    print(f"{'format':<14} {survey.format}, read by {by}")
+    print(f"{'4-bit weights':<14} {survey.read}, once it is converted or loaded")
     print(f"{'other tensors':<14} {others or 'none'}")
 
 

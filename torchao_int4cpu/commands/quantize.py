@@ -84,11 +84,16 @@ def _bar(plan: Plan) -> Iterator[Progress]:
         yield show
 
 
-def _print(report: Report, out: Path) -> None:
+def print_tensors(report: Report) -> None:
+    """Print how many tensors became what, and their bytes."""
     print(f"{'4-bit weights':<18} {_line(report.quantized)}")
     for reason, tensors in report.kept.items():
         print(f"{'kept':<18} {_line(tensors)}: {reason}")
     print(f"{'all':<18} {_line(report.tensors)}")
+
+
+def _print(report: Report, out: Path) -> None:
+    print_tensors(report)
     worst = report.worst
     print(f"{'SQNR':<18} worst {worst.sqnr:.1f} dB ({worst.name}), median {report.median_sqnr:.1f} dB")
     earlier = f", {report.resumed} of an earlier run" if report.resumed else ""

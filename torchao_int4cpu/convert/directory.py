@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.checkpoint.safetensors import Source
 from torchao_int4cpu.convert.plan import Plan, Planned
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
 from torchao_int4cpu.extras import import_extra
@@ -86,16 +87,16 @@ def _items(plan: Plan) -> Iterator[Item]:
 
 
 def _make(plan: Plan, tensor: Planned) -> tuple[Tensor, float]:
-    data = _read(tensor)
+    data = read(tensor.source).to(tensor.dtype)
     return (data, math.inf) if tensor.kept else _quantize(plan, tensor, data)
 
 
-def _read(tensor: Planned) -> Tensor:
+def read(source: Source) -> Tensor:
     """One tensor. The file is opened for each: pages of a mapping stay in memory as long as it does."""
     safetensors = import_extra("safetensors", "hf")
-    with safetensors.safe_open(tensor.source.file, framework="pt") as file:
-        data: Tensor = file.get_tensor(tensor.source.key)
-        return data.to(tensor.dtype)
+    with safetensors.safe_open(source.file, framework="pt") as file:
+        data: Tensor = file.get_tensor(source.key)
+        return data
 
 
 def _quantize(plan: Plan, tensor: Planned, w: Tensor) -> tuple[Int4OpaqueTensor, float]:

@@ -23,6 +23,9 @@ from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.format.packed import packed_bytes
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
+#: Why tensors are kept under the names that they have.
+MERGED, NOT_IN_MODEL = "put together with others by transformers", "not in the model"
+
 
 class Planned(NamedTuple):
     """What becomes of a tensor.
@@ -104,9 +107,9 @@ def make_plan(
             f"{str(folder)!r} is quantized already, its config.json says; give the original model"
         )
     sources = [source for file in files for source in read_header(file)]
-    dtype = dtype or _dtype_of(model_config, sources)
-    _set_dtype(model_config, dtype)
-    model = _empty_model(transformers, model_config, dtype)
+    dtype = dtype or dtype_of_model(model_config, sources)
+    set_dtype(model_config, dtype)
+    model = empty_model(transformers, model_config, dtype)
     included = _included(model, head, embeddings)
     chosen = {name for name in included if not _is_skipped(name, skip)}
     quantization, quantizer = _quantizer(transformers, model, config, skip, chosen)
@@ -120,7 +123,7 @@ def make_plan(
     return Plan(folder, config, model_config, tensors)
 
 
-def _dtype_of(model_config: Any, sources: list[Source]) -> torch.dtype:
+def dtype_of_model(model_config: Any, sources: list[Source]) -> torch.dtype:
     """As transformers' ``dtype="auto"``."""
     dtype = getattr(model_config, "dtype", None)
     if isinstance(dtype, str):
@@ -135,14 +138,14 @@ def _dtype_of(model_config: Any, sources: list[Source]) -> torch.dtype:
     return dtype
 
 
-def _set_dtype(model_config: Any, dtype: torch.dtype) -> None:
+def set_dtype(model_config: Any, dtype: torch.dtype) -> None:
     model_config.dtype = dtype
     for name in model_config.sub_configs:
         if getattr(model_config, name) is not None:
             getattr(model_config, name).dtype = dtype
 
 
-def _empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> Any:
+def empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> Any:
     names = getattr(model_config, "architectures", None) or [""]
     model_class = getattr(transformers, names[0], None)
     if model_class is None:
@@ -234,6 +237,46 @@ def _by_name(config: Int4WeightOnlyConfig, names: set[str]) -> FqnToConfig:
     return FqnToConfig({rf"re:{pattern}\.weight": config for pattern in sorted(patterns)})
 
 
+class Names:
+    """What a model calls the tensors of its files, and which dtype it holds them in.
+
+    Args:
+        model: without data.
+        quantizer: transformers' own, whose conversions take part; or None.
+        dtype: of the model.
+    """
+
+    def __init__(self, model: Any, quantizer: Any, dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        conversions = get_model_conversion_mapping(model, None, quantizer)
+        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        self._renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._in_float32 = [
+            re.compile(rf"(^|\.){re.escape(module)}($|\.)") for module in model._get_dtype_plan(dtype)
+        ]
+        self.held = model.state_dict()
+
+    def find(self, key: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of a converter that puts several tensors together."""
+        from transformers.core_model_loading import rename_source_key
+
+        options = {"base_model_prefix": self._prefix, "meta_state_dict": self.held}
+        name, converter = rename_source_key(key, self._renamings, self._converters, **options)
+        if name not in self.held and key in self.held:
+            name, converter = rename_source_key(key, [], [], **options)
+        return name, converter
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
+        """That of a tensor in the model; ``dtype`` in place of the model's, if given."""
+        if any(pattern.search(name) for pattern in self._in_float32):
+            return torch.float32
+        found: torch.dtype = dtype or self.held[name].dtype
+        return found
+
+
 def _planned(
     model: Any,
     quantizer: Any,
@@ -243,22 +286,7 @@ def _planned(
     included: set[str],
     group_size: int,
 ) -> Iterator[Planned]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
-    held = model.state_dict()
-    in_float32 = model._get_dtype_plan(dtype)
-
-    def rename(key: str) -> tuple[str, str | None]:
-        """The name in the model, and the pattern of a converter that puts several tensors together."""
-        options = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": held}
-        name, converter = rename_source_key(key, renamings, converters, **options)
-        if name not in held and key in held:
-            name, converter = rename_source_key(key, [], [], **options)
-        return name, converter
+    names = Names(model, quantizer, dtype)
 
     def kept(name: str, found: torch.dtype, shape: Sequence[int]) -> str:
         module, _, parameter = name.rpartition(".")
@@ -276,15 +304,11 @@ def _planned(
         return "larger in 4 bits, because of padding" if grows else ""
 
     for source in sources:
-        name, converter = rename(source.key)
+        name, converter = names.find(source.key)
         if converter is not None:
-            why = "put together with others by transformers"
-            yield Planned(source, source.key, source.dtype, why)
-        elif name not in held:
-            yield Planned(source, source.key, source.dtype, "not in the model")
+            yield Planned(source, source.key, source.dtype, MERGED)
+        elif name not in names.held:
+            yield Planned(source, source.key, source.dtype, NOT_IN_MODEL)
         else:
             why = kept(name, source.dtype, source.shape)
-            held_in = held[name].dtype if why else dtype
-            if any(re.search(rf"(^|\.){re.escape(module)}($|\.)", name) for module in in_float32):
-                held_in = torch.float32
-            yield Planned(source, name, held_in, why)
+            yield Planned(source, name, names.dtype_of(name, None if why else dtype), why)

@@ -10,8 +10,14 @@ from typing import Any, NamedTuple
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.importers.gguf import KINDS
 
-#: By ``quant_method``: how the key of the codes of a weight ends.
-_CODES = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weight_packed"}
+#: By ``quant_method``: how the key of the codes of a weight ends; of MLX, whose codes are ``.weight``
+#: as dense ones are, that of another part.
+_CODES = {
+    "gptq": ".qweight",
+    "awq": ".qweight",
+    "compressed-tensors": ".weight_packed",
+    "MLX": ".biases",
+}
 
 
 class Survey(NamedTuple):
@@ -35,8 +41,12 @@ def survey_of_directory(config: Mapping[str, Any] | None, keys: Sequence[str]) -
         config: the ``quantization_config`` of its config.json.
         keys: of all its tensors.
     """
-    method = None if config is None else config.get("quant_method")
-    if method not in _CODES or config is None or _bits(config) != {4}:
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    if method is None and {"bits", "group_size"} <= config.keys():
+        method = "MLX"
+    if method not in _CODES or _bits(config) != {4}:
         return None
     modules = {key.removesuffix(_CODES[method]) for key in keys if key.endswith(_CODES[method])}
     rest = [key for key in keys if key.rpartition(".")[0] not in modules or key.endswith(".bias")]
@@ -45,7 +55,7 @@ def survey_of_directory(config: Mapping[str, Any] | None, keys: Sequence[str]) -
 
 def _bits(config: Mapping[str, Any]) -> set[object]:
     """Of all weights, as far as the config says it."""
-    if config["quant_method"] != "compressed-tensors":
+    if config.get("quant_method") != "compressed-tensors":
         return {config.get("bits")}
     groups = config.get("config_groups")
     if config.get("format") != "pack-quantized" or not isinstance(groups, Mapping):

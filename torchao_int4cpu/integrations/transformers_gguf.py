@@ -37,7 +37,7 @@ class Gguf(GgufHfQuantizer):  # type: ignore[misc]  # transformers has no annota
         if self.supported:
             state: dict[str, Any] = super().get_state_dict(checkpoint_file, model)
             return state
-        return dict(_read(checkpoint_file, model, self.dtype))
+        return {name: value for name, value, _ in read_gguf(checkpoint_file, model, self.dtype)}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.supported:
@@ -45,8 +45,8 @@ class Gguf(GgufHfQuantizer):  # type: ignore[misc]  # transformers has no annota
         return hand_over(self, model, **kwargs)
 
 
-class _Lazy:
-    """A weight that is made when transformers takes it, so that no second copy of the file is held."""
+class Lazy:
+    """A 4-bit weight that is made when it is taken, so that no second copy of the file is held."""
 
     def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...]) -> None:
         self._make, self._shape = make, shape
@@ -61,8 +61,14 @@ class _Lazy:
         return self._make()
 
 
-def _read(file: str, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """The parameters of a model by their names, those in 4 bits as `_Lazy`."""
+def read_gguf(file: str, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any, int]]:
+    """The parameters of a model: their names, themselves (4-bit ones `Lazy`), their bytes in the file.
+
+    Args:
+        file: a GGUF file.
+        model: of its architecture; only its names and classes are asked for.
+        dtype: of the parameters.
+    """
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(file)
@@ -84,12 +90,14 @@ def _read(file: str, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any]
             k, n = (int(size) for size in tensor.shape)
             order = _order_of_rows(n, functools.partial(process, tensor.name))
             if order is not None:
-                yield name, _Lazy(_maker(tensor.data, kind, k, order, dtype), (n, k))
+                lazy = Lazy(_maker(tensor.data, kind, k, order, dtype), (n, k))
+                yield name, lazy, int(tensor.n_bytes)
                 continue
         changed, weights = process(tensor.name, dequantize(tensor.data, tensor.tensor_type))
         if changed in names:
-            yield names[changed], torch.from_numpy(np.copy(weights)).to(dtype)
-    yield from parsed["tensors"].items()
+            dense = torch.from_numpy(np.copy(weights)).to(dtype)
+            yield names[changed], dense, int(tensor.n_bytes)
+    yield from ((name, value, value.nbytes) for name, value in parsed["tensors"].items())
 
 
 def _is_linear(model: Any, name: str) -> bool:
