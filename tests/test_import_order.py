@@ -65,6 +65,7 @@ MODULES = {
         "words",
         "groups",
         "weight",
+        "points",
         "gptq",
         "awq",
         "compressed_tensors",
@@ -74,7 +75,7 @@ MODULES = {
         "survey",
     ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
-    "convert": ["plan", "shards", "directory", "foreign", "onnx_weights"],
+    "convert": ["plan", "shards", "directory", "foreign", "onnx_weights", "export"],
     "integrations": [
         "torchao_int4cpu_on_import",
         "dlpack",
@@ -116,6 +117,7 @@ MODULES = {
         "bench",
         "quantize",
         "convert",
+        "export",
         "inspect",
     ],
 }

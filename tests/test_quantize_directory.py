@@ -203,6 +203,18 @@ def test_embeddings_with_skipped_layers(tmp_path: Path) -> None:
     assert "lm_head.weight" not in int4_names(assert_equal_in_memory(plan, tmp_path / "no-head"))
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_end_of_a_name_is_skipped(embeddings: bool, tmp_path: Path) -> None:
+    source = written(llama(), tmp_path / "source")
+    plan, report = quantized(source, tmp_path / "out", embeddings=embeddings, skip=["k_proj"])
+    names = int4_names(assert_equal_in_memory(plan, tmp_path / "out"))
+    assert not any("k_proj" in name for name in names)
+    assert any("v_proj" in name for name in names)
+    kept = [tensor.name for tensor in report.kept["skipped, as asked for"]]
+    assert kept
+    assert all(name.endswith("k_proj.weight") for name in kept)
+
+
 def test_a_tied_pair_that_the_source_holds_twice(tmp_path: Path) -> None:
     """As files of other tools do: both are written, equal, so that transformers ties them."""
     source = written(llama(tie_word_embeddings=True), tmp_path / "source")

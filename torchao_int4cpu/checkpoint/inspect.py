@@ -98,7 +98,7 @@ def inspect(path: Path, *, verify: bool = False) -> Contents:
     contents = Contents(files, _quantization(path))
     stored = {source.key: source for file in files for source in read_header(file)}
     used: set[str] = set()
-    entries = {name: entry for file in files for name, entry in _int4_entries(file).items()}
+    entries = {name: entry for file in files for name, entry in int4_entries(file).items()}
     for name, entry in entries.items():
         used.update(_weight(name, entry, stored, contents))
     contents.others = [source for key, source in stored.items() if key not in used]
@@ -163,7 +163,8 @@ def _metadata(file: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def _int4_entries(file: Path) -> dict[str, dict[str, Any]]:
+def int4_entries(file: Path) -> dict[str, dict[str, Any]]:
+    """What the metadata of a file says of 4-bit weights, those of other files too, by their names."""
     entries = {}
     for name, text in _metadata(file).items():
         try:
@@ -216,7 +217,7 @@ def _empty(source: Source) -> Tensor:
 def _verify(file: Path, stored: dict[str, Source], contents: Contents) -> None:
     """Compare the checksums that a file gives for its own parts of good weights."""
     good = {weight.name for weight in contents.weights}
-    entries = {name: entry for name, entry in _int4_entries(file).items() if name in good}
+    entries = {name: entry for name, entry in int4_entries(file).items() if name in good}
     with import_extra("safetensors", "hf").safe_open(file, framework="pt") as opened:
         for key, expected in _checksums(entries):
             if stored[key].file != file:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     convert = convert_gguf if source.suffix == ".gguf" else convert_directory
     try:
-        with _bar(source) as progress:
+        with bar(source) as progress:
             report = convert(source, args.out, progress, dtype)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _bar(source: Path) -> Iterator[Progress]:
+def bar(source: Path) -> Iterator[Progress]:
     """Tensor, bytes, bytes a second and the time that is left; nothing where no one looks."""
     tqdm = import_extra("tqdm", "hf").tqdm
     files = [source] if source.is_file() else source.glob("*.safetensors")

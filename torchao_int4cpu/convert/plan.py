@@ -112,7 +112,7 @@ def make_plan(
     model = empty_model(transformers, model_config, dtype)
     included = _included(model, head, embeddings)
     chosen = {name for name in included if not _is_skipped(name, skip)}
-    quantization, quantizer = _quantizer(transformers, model, config, skip, chosen)
+    quantization, quantizer = _quantizer(transformers, model, config, included - chosen, chosen)
     tensors = list(_planned(model, quantizer, sources, dtype, skip, included, config.group_size))
     if all(tensor.kept for tensor in tensors):
         raise ValueError(
@@ -198,10 +198,10 @@ def _quantizer(
     transformers: Any,
     model: Any,
     config: Int4WeightOnlyConfig,
-    skip: Sequence[str],
+    skipped: set[str],
     chosen: set[str],
 ) -> tuple[Any, Any]:
-    """transformers' config and its quantizer, set up for the model."""
+    """transformers' config and its quantizer, set up for the model; both sets are of modules."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     source, output = _ends(model)
@@ -222,9 +222,10 @@ def _quantizer(
         return quantization, quantizer
 
     quantization, quantizer = set_up(None)
-    if skip:
-        # A list replaces what transformers keeps by itself (the output head), so it has to say both.
-        quantization, quantizer = set_up(sorted({*quantizer.modules_to_not_convert, *skip}))
+    if skipped:
+        # A list replaces what transformers keeps by itself (the output head), so it has to say both. It
+        # has whole names: transformers 5.24 compares the end of a pattern with that of ``name.weight``.
+        quantization, quantizer = set_up(sorted({*quantizer.modules_to_not_convert, *skipped}))
     return quantization, quantizer
 
 
@@ -294,7 +295,7 @@ def _planned(
             module in included or isinstance(model.get_submodule(module), nn.Linear)
         ):
             return "not the weight of a linear layer"
-        if _is_skipped(name, skip):
+        if _is_skipped(module, skip):
             return "skipped, as asked for"
         if module not in included or not quantizer.param_needs_quantization(model, name):
             return "kept by transformers, as the output head is"

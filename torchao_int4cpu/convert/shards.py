@@ -38,14 +38,15 @@ class Item(NamedTuple):
         bytes_before: in the source.
         bytes_after: in the result, about.
         kept: why it is not 4-bit; empty if it is.
-        make: gives it, and the SQNR of a 4-bit weight that was quantized (else infinite).
+        make: gives it, and the SQNR in dB of a 4-bit weight that was rounded (else infinite). Or, in
+            the format of another tool, several tensors by name, of which our metadata says nothing.
     """
 
     name: str
     bytes_before: int
     bytes_after: int
     kept: str
-    make: Callable[[], tuple[Tensor, float]]
+    make: Callable[[], tuple[Tensor | dict[str, Tensor], float]]
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,9 @@ def _write_shard(unfinished: Path, state: _State, shard: list[Item], progress: P
         progress(item.name, 0)
         tensor, quality = item.make()
         size = 0
-        if isinstance(tensor, Int4Weight):
+        if isinstance(tensor, dict):
+            parts = tensor
+        elif isinstance(tensor, Int4Weight):
             state.entries[item.name] = metadata_of(tensor)
             parts = {part_key(item.name, part): value for part, value in tensor.parts().items()}
         else:
@@ -233,8 +236,9 @@ def _finish_shards(folder: Path, state: _State) -> None:
     """Give the files their names and the metadata of all tensors: transformers and vLLM look in any."""
     from safetensors.torch import load_file, save_file
 
-    metadata = {name: json.dumps(entry) for name, entry in state.entries.items()}
-    metadata |= {"format": "pt", "tensor_names": json.dumps(list(state.entries))}
+    metadata = {name: json.dumps(entry) for name, entry in state.entries.items()} | {"format": "pt"}
+    if state.entries:
+        metadata["tensor_names"] = json.dumps(list(state.entries))
     count = len(state.shards)
     weight_map, total = {}, 0
     for number in range(count):

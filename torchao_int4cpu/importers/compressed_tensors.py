@@ -19,10 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchao_int4cpu.format.act_order import out_of_act_order
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
-from torchao_int4cpu.importers.gptq import act_order_of
+from torchao_int4cpu.importers.gptq import act_order_of, g_idx_of
 from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
-from torchao_int4cpu.importers.words import CODES, check_part, check_words, unpack_words
+from torchao_int4cpu.importers.points import nearest_points
+from torchao_int4cpu.importers.words import CODES, check_part, check_words, pack_words, unpack_words
 
 
 def groupwise_of_compressed_tensors(
@@ -70,3 +72,21 @@ def groupwise_of_compressed_tensors(
         points = unpack_words(weight_zero_point, 0)[:n].float() - CODE_OFFSET
         zero = -points * scale
     return in_our_groups(unpack_words(weight_packed, 1)[:, :k], scale, zero, group_size, act_order)
+
+
+def compressed_tensors_of_groupwise(weight: GroupwiseInt4) -> tuple[dict[str, Tensor], GroupwiseInt4]:
+    """The parts of a weight, asymmetric, by their names, and the weight that these stand for.
+
+    Raises:
+        ValueError: as `nearest_points`.
+    """
+    points, scale, value = nearest_points(weight)
+    parts = {
+        "weight_packed": pack_words(out_of_act_order(weight.codes, weight.act_order), 1),
+        "weight_scale": scale,
+        "weight_zero_point": pack_words(points, 0),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if weight.act_order is not None:
+        parts["weight_g_idx"] = g_idx_of(weight)
+    return parts, value

@@ -18,9 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchao_int4cpu.format.act_order import out_of_act_order
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
 from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
-from torchao_int4cpu.importers.words import CODES, check_part, check_words, unpack_words
+from torchao_int4cpu.importers.points import nearest_points
+from torchao_int4cpu.importers.words import CODES, check_part, check_words, pack_words, unpack_words
 
 
 def groupwise_of_gptq(
@@ -71,6 +73,35 @@ def groupwise_of_gptq(
     scale = scales.t().float()
     zero = (CODE_OFFSET - points - int(version == 1)) * scale
     return in_our_groups(codes, scale, zero, group_size, act_order)
+
+
+def gptq_of_groupwise(weight: GroupwiseInt4) -> tuple[dict[str, Tensor], GroupwiseInt4]:
+    """The parts of a weight in version 2, by their names, and the weight that these stand for.
+
+    Raises:
+        ValueError: N or K is no multiple of 8, or as `nearest_points`.
+    """
+    n, k = weight.shape
+    if n % CODES or k % CODES:
+        raise ValueError(
+            f"the weight has shape [{n}, {k}], and GPTQ packs eight rows, or eight columns, into a "
+            "word; leave it dense (quantize with --skip)"
+        )
+    points, scale, value = nearest_points(weight)
+    codes = out_of_act_order(weight.codes, weight.act_order)
+    parts = {
+        "qweight": pack_words(codes.t(), 0),
+        "qzeros": pack_words(points.t(), 1),
+        "scales": scale.t().contiguous(),
+        "g_idx": g_idx_of(weight),
+    }
+    return parts, value
+
+
+def g_idx_of(weight: GroupwiseInt4) -> Tensor:
+    """int32 ``[K]``: the group of each column."""
+    groups = torch.arange(weight.shape[-1], dtype=torch.int32) // weight.group_size
+    return out_of_act_order(groups, weight.act_order)
 
 
 def act_order_of(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> Tensor | None:

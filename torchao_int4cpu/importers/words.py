@@ -37,6 +37,27 @@ def unpack_words(words: Tensor, dim: int, order: Sequence[int] = IN_ORDER) -> Te
     return codes.to(torch.uint8).flatten(dim, dim + 1)
 
 
+def pack_words(codes: Tensor, dim: int) -> Tensor:
+    """The inverse of `unpack_words`, in order; the last word is filled up with zeros.
+
+    Args:
+        codes: uint8 of 0 to 15, any shape.
+        dim: along which eight codes become a word.
+
+    Returns:
+        int32, an eighth as long along ``dim``.
+    """
+    length = codes.shape[dim]
+    words = codes.new_zeros(
+        [-(-length // CODES) if i == dim else size for i, size in enumerate(codes.shape)],
+        dtype=torch.int32,
+    )
+    for nibble in range(CODES):
+        some = codes.to(torch.int32)[(slice(None),) * dim + (slice(nibble, None, CODES),)]
+        words.narrow(dim, 0, some.shape[dim]).bitwise_or_(some << 4 * nibble)
+    return words
+
+
 def check_words(**parts: tuple[object, Sequence[int]]) -> None:
     """Check the parts of a weight that hold words.
 
