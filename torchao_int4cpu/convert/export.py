@@ -213,7 +213,6 @@ def _compressed_tensors_config(
             "symmetric": False,
             "strategy": "group",
             "group_size": size,
-            "actorder": "group" if ordered else None,
             "dynamic": False,
         }
         targets = ["Linear"] if len(sizes) == 1 else names

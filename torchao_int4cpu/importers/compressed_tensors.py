@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchao_int4cpu.format.act_order import out_of_act_order
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, FLOAT_DTYPES, GroupwiseInt4
-from torchao_int4cpu.importers.gptq import act_order_of, g_idx_of
+from torchao_int4cpu.importers.gptq import act_order_of
 from torchao_int4cpu.importers.groups import group_size_of, in_our_groups
 from torchao_int4cpu.importers.points import nearest_points
 from torchao_int4cpu.importers.words import CODES, check_part, check_words, pack_words, unpack_words
@@ -78,15 +77,18 @@ def compressed_tensors_of_groupwise(weight: GroupwiseInt4) -> tuple[dict[str, Te
     """The parts of a weight, asymmetric, by their names, and the weight that these stand for.
 
     Raises:
-        ValueError: as `nearest_points`.
+        ValueError: the weight has an order of columns, or as `nearest_points`.
     """
+    if weight.act_order is not None:
+        raise ValueError(
+            "the weight has groups of columns in another order (act_order), which compressed-tensors "
+            "does not read any more, since 0.20; export it as gptq"
+        )
     points, scale, value = nearest_points(weight)
     parts = {
-        "weight_packed": pack_words(out_of_act_order(weight.codes, weight.act_order), 1),
+        "weight_packed": pack_words(weight.codes, 1),
         "weight_scale": scale,
         "weight_zero_point": pack_words(points, 0),
         "weight_shape": torch.tensor(weight.shape),
     }
-    if weight.act_order is not None:
-        parts["weight_g_idx"] = g_idx_of(weight)
     return parts, value

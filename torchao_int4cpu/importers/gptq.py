@@ -89,19 +89,14 @@ def gptq_of_groupwise(weight: GroupwiseInt4) -> tuple[dict[str, Tensor], Groupwi
         )
     points, scale, value = nearest_points(weight)
     codes = out_of_act_order(weight.codes, weight.act_order)
+    groups = torch.arange(k, dtype=torch.int32) // weight.group_size
     parts = {
         "qweight": pack_words(codes.t(), 0),
         "qzeros": pack_words(points.t(), 1),
         "scales": scale.t().contiguous(),
-        "g_idx": g_idx_of(weight),
+        "g_idx": out_of_act_order(groups, weight.act_order),
     }
     return parts, value
-
-
-def g_idx_of(weight: GroupwiseInt4) -> Tensor:
-    """int32 ``[K]``: the group of each column."""
-    groups = torch.arange(weight.shape[-1], dtype=torch.int32) // weight.group_size
-    return out_of_act_order(groups, weight.act_order)
 
 
 def act_order_of(g_idx: Tensor | None, k: int, groups: int, group_size: int) -> Tensor | None:
