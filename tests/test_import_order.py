@@ -61,10 +61,11 @@ MODULES = {
     "distributed": ["collectives", "fsdp", "ddp", "quantize_shards", "shared_memory"],
     "checkpoint": ["pickles", "safetensors", "inspect"],
     "importers": [
-        "torchao",
         "words",
         "groups",
         "weight",
+        "torchao_formats",
+        "torchao",
         "points",
         "gptq",
         "awq",

@@ -117,7 +117,7 @@ ValueError: layout 'sse' is not known; choose 'avx512', 'avx2', 'default'
 ValueError: act_pre_scale has shape [3]; it must have one element or shape [70]
 ValueError: a saved 4-bit weight has format_version=None; it must be an int from 1 to 5, so the file is damaged or was not written by torchao_int4cpu
 TypeError: copy_ got a source that is torch.float32 of class Tensor and not 4-bit as the other side is; quantize_ the model before you load a 4-bit state dict, or load it with load_state_dict(..., assign=True)
-TypeError: got a torch.Tensor; from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor""",
+TypeError: got a torch.Tensor; from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor, torchao.quantization.Int4Tensor, torchao.quantization.Int4TilePackedTo4dTensor, torchao.quantization.IntxUnpackedToInt8Tensor""",
         )
 
 

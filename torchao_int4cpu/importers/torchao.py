@@ -1,4 +1,4 @@
-"""Checkpoints of torchao's own 4-bit CPU formats, read without torchao's classes and converted.
+"""Checkpoints of torchao's own 4-bit formats, read without torchao's classes and converted.
 
 A pickle names the class of each tensor. torchao moved its prototype twice and dropped the format
 before it, so most of these files name a class that the installed torchao does not have.
@@ -20,6 +20,7 @@ from torch.types import FileLike
 
 from torchao_int4cpu.format.groupwise import QPARAMS_DTYPE, GroupwiseInt4
 from torchao_int4cpu.format.layout import LAYOUTS, NibbleLayout, layout_named, unpack
+from torchao_int4cpu.importers.torchao_formats import FORMATS, weight_of_parts
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: The prototype's tensor, as the pickles of each release name it.
@@ -47,6 +48,11 @@ _ZERO_POINT_DOMAIN_PATH = "torchao.quantization.quant_primitives.ZeroPointDomain
 #: Codes 0..15 and a zero in weight units (`ZeroPointDomain.FLOAT` is 2): the equation of our tensor.
 _AFFINE_EQUATION = {"quant_min": 0, "quant_max": 15, "zero_point_domain": 2}
 
+_NO_LAYOUT = (
+    "a 4-bit CPU weight of torchao does not say how its bytes lie; give layout='avx512', 'avx2' or "
+    "'default', the instruction set of the machine that quantized (its `torchao-int4cpu info` says it)"
+)
+
 #: Rows of each weight that `_energy` looks at: a multiple of every layout's rows per block.
 SAMPLE_ROWS = 64
 #: A wrong layout raises the sum of squares. Measured on these rows of the 36 linear weights of MiniLM
@@ -55,20 +61,21 @@ SAMPLE_ROWS = 64
 CLEAR_RATIO = 1.1
 
 
-def load_torchao_checkpoint(file: FileLike, layout: str, *, mmap: bool = False) -> Any:
-    """Read a checkpoint that holds 4-bit CPU weights of torchao's own, and convert them.
+def load_torchao_checkpoint(file: FileLike, layout: str | None = None, *, mmap: bool = False) -> Any:
+    """Read a checkpoint that holds 4-bit weights of torchao's own, and convert them.
 
     As ``torch.load(file, map_location="cpu", weights_only=True)``, which runs nothing from the file,
     but every weight of torchao's ``Int4OpaqueTensor`` (0.14 to 0.18) or ``Int4CPULayout`` (0.9 to 0.15)
-    comes as an `Int4OpaqueTensor` of this package, repacked for this process. None of torchao's classes
-    is needed. Everything else is as `torch.load` gives it: order, metadata, what is shared.
+    comes as an `Int4OpaqueTensor` of this package, repacked for this process; and so does one of its
+    formats for other devices (`torchao_formats`). None of torchao's classes is needed. Everything else
+    is as `torch.load` gives it: order, metadata, what is shared.
 
     Args:
         file: what ``torch.save`` wrote: a state dict, tensors or parameters in nested dicts, lists and
             tuples, or a single one.
-        layout: how the bytes lie: ``"avx512"``, ``"avx2"`` or ``"default"``, the instruction set of the
-            machine *that quantized*. **The file does not record this.** ``python -m torchao_int4cpu
-            info`` shows the layout of a machine.
+        layout: of the formats for CPUs, how the bytes lie: ``"avx512"``, ``"avx2"`` or ``"default"``,
+            the instruction set of the machine *that quantized*. **The file does not record this.**
+            ``python -m torchao_int4cpu info`` shows the layout of a machine.
         mmap: as `torch.load`'s. Do not write to the file while the result is in use.
 
     Not while another thread loads: for this time the process's list of safe classes is another one.
@@ -80,11 +87,12 @@ def load_torchao_checkpoint(file: FileLike, layout: str, *, mmap: bool = False) 
 
     Raises:
         TypeError: a weight has int8 activations (DA8W4), or a part of the wrong class or dtype.
-        ValueError: unknown layout, a class in the file that is neither these nor known to `torch.load`
-            (a whole model), or parts that do not fit together. Messages name the entry.
+        ValueError: no layout for a format that needs one, or an unknown one; a class in the file that
+            is neither these nor known to `torch.load` (a whole model); or parts that do not fit
+            together. Messages name the entry.
         OSError, RuntimeError, pickle.UnpicklingError: as `torch.load`, for a file that it cannot read.
     """
-    source = layout_named(layout)
+    source = None if layout is None else layout_named(layout)
     found: dict[int, _StandIn] = {}
     with _safe_globals_for(_stand_ins(found)):
         try:
@@ -102,7 +110,8 @@ def load_torchao_checkpoint(file: FileLike, layout: str, *, mmap: bool = False) 
             raise type(error)(f"{_path_to(stand_in, loaded)}: {error}") from error
         # In place: whatever holds the stand-in now holds our tensor.
         torch.utils.swap_tensors(stand_in, converted)
-    _warn_if_another_fits_better(source, energies)
+    if source is not None:
+        _warn_if_another_fits_better(source, energies)
     return loaded
 
 
@@ -113,6 +122,8 @@ class _StandIn(Tensor):
     """
 
     state: object = None
+    #: Of `torchao_formats.FORMATS`; empty for those of CPUs.
+    format = ""
 
     def __new__(cls, *args: object) -> NoReturn:
         # Unpickling a tensor does not come here; a pickle made to do harm may.
@@ -138,7 +149,9 @@ def _stand_ins(found: dict[int, _StandIn]) -> dict[str, type]:
             super().__setstate__(state)
             found[id(self)] = self
 
+    others = {name: type(name.rpartition(".")[2], (Weight,), {"format": name}) for name in FORMATS}
     return {
+        **others,
         **dict.fromkeys(PROTOTYPE_PATHS, Weight),
         AFFINE_PATH: Weight,
         AFFINE_IMPL_PATH: _StandIn,
@@ -178,24 +191,32 @@ def _unknown_class(name: str) -> ValueError:
     )
 
 
-def _convert(stand_in: _StandIn, source: NibbleLayout, energies: dict[str, float]) -> Tensor:
+def _convert(stand_in: _StandIn, source: NibbleLayout | None, energies: dict[str, float]) -> Tensor:
     """The weight as ours, a parameter if it was one; its sums of squares are added to ``energies``."""
     state = stand_in.state
     if not isinstance(state, dict):
         raise TypeError(
             f"the state is a {type(state).__name__}; it must be a dict, the file is damaged"
         )
-    parts = _affine_parts(state) if "tensor_impl" in state else _prototype_parts(state)
+    if stand_in.format:
+        parts = state
+    else:
+        parts = _affine_parts(state) if "tensor_impl" in state else _prototype_parts(state)
     for name, part in parts.items():
         # A wrapper without data would pass every check of shapes, and the kernels read its address.
         if isinstance(part, Tensor) and not _is_plain(part):
             raise TypeError(
                 f"{name} is a {type(part).__name__} ({part.layout}); it must be a dense tensor"
             )
-    converted = _from_upstream_parts(parts, stand_in.shape, stand_in.dtype, source.name)
-    if converted.device.type == "cpu":
-        for layout in LAYOUTS.values():
-            energies[layout.name] += _energy(parts["qdata"], converted, layout)
+    if stand_in.format:
+        converted = weight_of_parts(stand_in.format, parts, stand_in.shape, stand_in.dtype)
+    elif source is None:
+        raise ValueError(_NO_LAYOUT)
+    else:
+        converted = _from_upstream_parts(parts, stand_in.shape, stand_in.dtype, source.name)
+        if converted.device.type == "cpu":
+            for layout in LAYOUTS.values():
+                energies[layout.name] += _energy(parts["qdata"], converted, layout)
     # A parameter stays one. Where the tensor has a class of its own, that is an attribute.
     if state.get("_is_param") is True:
         return nn.Parameter(converted, requires_grad=False)
@@ -280,16 +301,18 @@ def _path_to(target: Tensor, root: object) -> str:
 # --- one tensor in memory ------------------------------------------------------------------------
 
 
-def from_upstream(cls: type[Int4OpaqueTensor], t: Tensor, layout: str) -> Int4OpaqueTensor:
-    """Convert an ``Int4OpaqueTensor`` of torchao's prototype (weight-only mode).
+def from_upstream(
+    cls: type[Int4OpaqueTensor], t: Tensor, layout: str | None = None
+) -> Int4OpaqueTensor:
+    """Convert a 4-bit tensor of torchao's own, whose activations are not rounded.
 
     Args:
-        t: the prototype's tensor, without an activation mode.
-        layout: how its bytes lie: ``"avx512"``, ``"avx2"`` or ``"default"``, the instruction set
-            of the machine *that packed it*. **The prototype's tensor does not record this, and a
-            wrong answer cannot be detected: it gives a weight with its rows mixed up.** If it
-            was packed in this very process, pass ``native_layout().name``; if it came from a
-            file, compare an output with a known one before you trust it.
+        t: an ``Int4OpaqueTensor`` of torchao's prototype, or one of `torchao_formats`.
+        layout: of the former, how its bytes lie: ``"avx512"``, ``"avx2"`` or ``"default"``, the
+            instruction set of the machine *that packed it*. **The prototype's tensor does not record
+            this, and a wrong answer cannot be detected: it gives a weight with its rows mixed up.** If
+            it was packed in this very process, pass ``native_layout().name``; if it came from a file,
+            compare an output with a known one before you trust it.
 
     Scales and zeros of bfloat16 or float16 stay as they are; those of float32 are rounded to bfloat16.
 
@@ -298,11 +321,16 @@ def from_upstream(cls: type[Int4OpaqueTensor], t: Tensor, layout: str) -> Int4Op
         ValueError: unknown layout, parts that do not fit together, or a scale or zero that is
             not finite in what it is stored in.
     """
+    name = f"{type(t).__module__}.{type(t).__name__}"
+    if name in FORMATS:
+        return weight_of_parts(name, vars(t), t.shape, t.dtype)
     if type(t).__name__ != "Int4OpaqueTensor" or not type(t).__module__.startswith("torchao."):
         raise TypeError(
-            f"got a {type(t).__module__}.{type(t).__name__}; "
-            "from_upstream converts torchao.prototype.quantization.int4.Int4OpaqueTensor"
+            f"got a {name}; from_upstream converts "
+            f"torchao.prototype.quantization.int4.Int4OpaqueTensor, {', '.join(FORMATS)}"
         )
+    if layout is None:
+        raise ValueError(_NO_LAYOUT)
     return _from_upstream_parts(vars(t), t.shape, t.dtype, layout)
 
 
