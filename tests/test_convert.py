@@ -28,7 +28,8 @@ from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.checkpoint.inspect import inspect
 from torchao_int4cpu.checkpoint.safetensors import read_header
 from torchao_int4cpu.convert import shards
-from torchao_int4cpu.convert.foreign import convert_directory, convert_gguf
+from torchao_int4cpu.convert.foreign import convert_directory
+from torchao_int4cpu.convert.gguf import convert_gguf
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "mlx")
 
@@ -87,6 +88,24 @@ def test_act_order_groups_and_the_head(tmp_path: Path) -> None:
     assert torch.equal(
         logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "foreign"))
     )
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_experts_become_stacks(format: str, tmp_path: Path) -> None:
+    """As `from_pretrained` has them, in a file of ours."""
+    save_foreign(tmp_path / "foreign", tiny_experts(), format)
+    report = convert_directory(tmp_path / "foreign", tmp_path / "out", nothing)
+    names = {tensor.name for tensor in report.quantized}
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} < names
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "foreign")
+    model = loaded(tmp_path / "out")
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        stack = getattr(experts, name)
+        assert isinstance(stack, Int4OpaqueTensor)
+        other = getattr(expected.model.layers[0].mlp.experts, name)
+        assert torch.equal(stack.to_groupwise().codes, other.to_groupwise().codes)
+    assert torch.equal(logits(model), logits(expected))
 
 
 def test_an_embedding_of_mlx(tmp_path: Path) -> None:
@@ -189,6 +208,17 @@ def without_zeros(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def without_an_expert(folder: Path) -> None:
+    save_foreign(folder, tiny_experts(), "gptq")
+    state = load_file(folder / "model.safetensors")
+    state = {key: part for key, part in state.items() if "experts.2.up_proj" not in key}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def of_ordered_experts(folder: Path) -> None:
+    save_foreign(folder, tiny_experts(), "gptq", act_order=True)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -199,7 +229,8 @@ def without_zeros(folder: Path) -> None:
         (of_a_tool_not_known, "is quantized by 'bitsandbytes'; these are converted: gptq, awq"),
         (of_another_model, "down_proj.weight: qweight has 40 rows for 352 inputs, 3.64 bits a weight"),
         (without_zeros, "q_proj.weight: the file has no scales beside g_idx, qweight"),
-        (lambda folder: save_foreign(folder, tiny_experts(), "gptq"), "is one of the experts that"),
+        (without_an_expert, "the file has not all of the 4 experts of model.layers.0.mlp.experts.gate"),
+        (of_ordered_experts, "in orders of their own"),
     ],
 )
 def test_what_is_refused(

@@ -76,7 +76,7 @@ MODULES = {
         "survey",
     ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
-    "convert": ["plan", "shards", "directory", "foreign", "onnx_weights", "export"],
+    "convert": ["plan", "shards", "directory", "foreign", "gguf", "onnx_weights", "export"],
     "integrations": [
         "torchao_int4cpu_on_import",
         "dlpack",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torchao_int4cpu.commands.options import DTYPES, Commands
 from torchao_int4cpu.commands.quantize import print_tensors
-from torchao_int4cpu.convert.foreign import convert_directory, convert_gguf
+from torchao_int4cpu.convert.foreign import convert_directory
+from torchao_int4cpu.convert.gguf import convert_gguf
 from torchao_int4cpu.convert.onnx_weights import convert_onnx
 from torchao_int4cpu.convert.shards import Progress, Report
 from torchao_int4cpu.extras import import_extra

@@ -1,8 +1,7 @@
-"""Checkpoints of other tools to ours, weight by weight: what `from_pretrained` reads, without a model.
+"""Directories of other tools (GPTQ, AWQ, compressed-tensors, MLX) to ours, weight by weight.
 
-A Hugging Face directory (GPTQ, AWQ, compressed-tensors, MLX) or a GGUF file becomes a directory that
-loads as any 4-bit one of this package does; an ONNX file, which has no model of transformers, becomes a
-safetensors file with its weights by name. Codes are exact. Nothing here prints.
+The result loads as any 4-bit directory of this package does, and is the model that `from_pretrained`
+makes of the source. Codes are exact. Nothing here prints.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from torchao_int4cpu.convert.plan import (
     set_dtype,
 )
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
+from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.mlx import groupwise_of_mlx
@@ -36,6 +37,9 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: Why a tensor of such a checkpoint stays dense.
 DENSE = "dense in the file"
+
+#: Of a layer: by transformers' pattern for them, and by number, the parts of each expert.
+_Experts = dict[str, dict[int, dict[str, Source]]]
 
 #: The parts of a weight by their names in the file, and its K: to the value.
 _Read = Callable[[dict[str, Tensor], int], GroupwiseInt4]
@@ -62,7 +66,7 @@ def convert_directory(
 
     Raises:
         MissingExtra: transformers or safetensors is not installed.
-        ValueError: it is no such directory, is not in 4 bits, has experts, or is damaged.
+        ValueError: it is no such directory, is not in 4 bits, or is damaged.
     """
     transformers = import_extra("transformers", "hf")
     files = sorted(folder.glob("*.safetensors"))
@@ -88,66 +92,13 @@ def convert_directory(
         )
 
     def finish(made: Path, entries: dict[str, Any]) -> None:
-        _write_config(model, model_config, entries, made)
+        write_config(model, model_config, entries, made)
         copy_other_files(folder, made)
         (made / "quantize_config.json").unlink(missing_ok=True)  # of GPTQ, which it is no more
 
     settings = settings_of(files, format=format.name, dtype=dtype)
     largest = max(source.nbytes for source in sources)
     return write_directory(items, out, settings, finish, progress, largest=largest)
-
-
-def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype | None = None) -> Report:
-    """Write a GGUF file as a directory of ours, with the tokenizer that is in it.
-
-    Args:
-        file: of an architecture that transformers reads.
-        out: the directory to make, see `write_directory`.
-        progress: told of each tensor.
-        dtype: of the model; bfloat16 if None, as the file does not say.
-
-    Raises:
-        MissingExtra: transformers or gguf is not installed.
-        ValueError: the file is damaged, or has nothing in 4 bits.
-    """
-    transformers = import_extra("transformers", "hf")
-    gguf = import_extra("gguf", "gguf")
-    from torchao_int4cpu.integrations.transformers_gguf import Lazy, read_gguf
-
-    dtype = dtype or torch.bfloat16
-    if not file.is_file():
-        raise ValueError(f"{str(file)!r} is no file; give the path of a GGUF file")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(**where)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as a GGUF model ({error})") from error
-    set_dtype(model_config, dtype)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-
-    def items() -> Iterator[Item]:
-        for name, value, size in read_gguf(str(file), model, dtype):
-            if isinstance(value, Lazy):
-                yield Item(name, size, size, "", functools.partial(_lazily, value))
-            else:
-                yield Item(name, size, value.nbytes, DENSE, functools.partial(_made, value))
-
-    def finish(made: Path, entries: dict[str, Any]) -> None:
-        _write_config(model, model_config, entries, made)
-        if "tokenizer.ggml.tokens" in gguf.GGUFReader(file).fields:
-            transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(made)
-
-    settings = settings_of([file], format="gguf", dtype=dtype)
-    return write_directory(items(), out, settings, finish, progress)
-
-
-def _lazily(value: Any) -> tuple[Tensor, float]:
-    return value[:], math.inf
-
-
-def _made(value: Tensor) -> tuple[Tensor, float]:
-    return value, math.inf
 
 
 def _format_of(folder: Path) -> _Format:
@@ -208,13 +159,21 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
             weights.setdefault(stem, {})[last] = source
     needed = {format.parts[0], format.parts[1]}  # a dense weight has one name in common with MLX
     weights = {stem: parts for stem, parts in weights.items() if needed <= parts.keys()}
+    stacks: dict[str, _Experts] = {}
     for source in sources:
         stem, _, last = source.key.rpartition(".")
         parts = weights.get(stem, {})
         if parts.get(last) is not source:
             yield _dense_item(names, source)
         elif last == format.parts[0]:
-            yield _int4_item(model, names, format, f"{stem}.weight", parts, dtype)
+            key = f"{stem}.weight"
+            name, pattern = names.find(key)
+            if pattern is None:
+                yield _int4_item(model, names.held, format, key, name, parts, dtype)
+            else:
+                stacks.setdefault(name, {}).setdefault(pattern, {})[_expert(pattern, key)] = parts
+    for name, experts in stacks.items():
+        yield _stack_item(names, format, name, experts, dtype)
 
 
 def _dense_item(names: Names, source: Source) -> Item:
@@ -234,29 +193,24 @@ def _dense_item(names: Names, source: Source) -> Item:
 
 def _int4_item(
     model: Any,
-    names: Names,
+    held: dict[str, Tensor],
     format: _Format,
     key: str,
+    name: str,
     parts: dict[str, Source],
     dtype: torch.dtype,
 ) -> Item:
-    name, converter = names.find(key)
-    if converter is not None:
-        raise ValueError(
-            f"{key} is one of the experts that transformers puts together, which are not converted one "
-            "by one; load the model with from_pretrained beside this package, and save_pretrained it"
-        )
-    module = model.get_submodule(name.rpartition(".")[0]) if name in names.held else None
+    module = model.get_submodule(name.rpartition(".")[0]) if name in held else None
     if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise ValueError(
             f"{key} is 4-bit, and in {type(model).__name__} there is no linear layer or embedding of "
             "that name; config.json and the weights are of two models"
         )
-    shape = names.held[name].shape
+    shape = held[name].shape
 
     def make() -> tuple[Tensor, float]:
         try:
-            groupwise = format.read({part: read(source) for part, source in parts.items()}, shape[-1])
+            groupwise = _groupwise(format, parts, shape[-1])
             if groupwise.shape != shape:
                 raise ValueError(
                     f"the file has shape {list(groupwise.shape)} where the model has {list(shape)}; "
@@ -270,7 +224,73 @@ def _int4_item(
     return Item(name, size, size, "", make)
 
 
-def _write_config(model: Any, model_config: Any, entries: dict[str, Any], folder: Path) -> None:
+def _groupwise(format: _Format, parts: dict[str, Source], k: int) -> GroupwiseInt4:
+    return format.read({part: read(source) for part, source in parts.items()}, k)
+
+
+def _expert(pattern: str, key: str) -> int:
+    """The number for which a pattern of transformers has a star."""
+    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    if found is None or not found.groups():
+        raise ValueError(
+            f"{key} is put together with other tensors by transformers, and is no expert by its name; "
+            "load the model with from_pretrained beside this package, and save_pretrained it"
+        )
+    return int(found[1])
+
+
+def _stack_item(
+    names: Names, format: _Format, name: str, experts: _Experts, dtype: torch.dtype
+) -> Item:
+    """The experts of a layer as transformers has them: ``[E, N, K]``, a gate and its up joined."""
+    patterns = names.stacked_by(next(iter(experts)))
+    shape = names.held[name].shape
+    numbers = list(range(shape[0]))
+    if any(sorted(experts.get(pattern, {})) != numbers for pattern in patterns):
+        raise ValueError(f"the file has not all of the {shape[0]} experts of {name}; fetch it again")
+
+    def make() -> tuple[Tensor, float]:
+        try:
+            matrices = [
+                _combined([_groupwise(format, experts[p][e], shape[-1]) for p in patterns], torch.cat)
+                for e in numbers
+            ]
+            stack = _combined(matrices, torch.stack)
+            if stack.shape != shape:
+                raise ValueError(
+                    f"the file has shape {list(stack.shape)} where the model has {list(shape)}; "
+                    "config.json and the weights are of two models"
+                )
+            return as_weight(stack, dtype), math.inf
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    of_all = [parts for by_number in experts.values() for parts in by_number.values()]
+    size = sum(source.nbytes for parts in of_all for source in parts.values())
+    return Item(name, size, size, "", make)
+
+
+def _combined(
+    matrices: list[GroupwiseInt4], combine: Callable[[list[Tensor]], Tensor]
+) -> GroupwiseInt4:
+    """Experts, or parts of one, as one value.
+
+    Raises:
+        ValueError: their columns are in two orders.
+    """
+    first = matrices[0]
+    if not all(same_numbers(first.act_order, other.act_order) for other in matrices):
+        raise ValueError(
+            "the experts have their columns in orders of their own (desc_act), and a stack has one for "
+            "all; take a checkpoint with desc_act=false"
+        )
+    codes, scale, zero = (
+        combine([getattr(matrix, part) for matrix in matrices]) for part in ("codes", "scale", "zero")
+    )
+    return GroupwiseInt4(codes, scale, zero, first.group_size, first.act_order)
+
+
+def write_config(model: Any, model_config: Any, entries: dict[str, Any], folder: Path) -> None:
     """``config.json`` of a model with the 4-bit weights that the metadata names."""
     from torchao_int4cpu.integrations.transformers_saving import config_of
 

@@ -270,6 +270,23 @@ class Names:
             name, converter = rename_source_key(key, [], [], **options)
         return name, converter
 
+    def stacked_by(self, pattern: str) -> list[str]:
+        """The patterns whose tensors a converter stacks, joined along their rows in this order.
+
+        Raises:
+            ValueError: it does something else to them.
+        """
+        (converter,) = (each for each in self._converters if pattern in each.source_patterns)
+        steps = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+        if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+            raise ValueError(
+                f"transformers changes the tensors {pattern} by "
+                f"{', '.join(name for name, _ in steps)}, which 4-bit ones cannot follow; convert "
+                "another checkpoint, or quantize the original model"
+            )
+        patterns: list[str] = list(converter.source_patterns)
+        return patterns
+
     def dtype_of(self, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
         """That of a tensor in the model; ``dtype`` in place of the model's, if given."""
         if any(pattern.search(name) for pattern in self._in_float32):

@@ -1,0 +1,70 @@
+"""A GGUF file to a directory of ours, weight by weight: the model that `from_pretrained` makes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchao_int4cpu.convert.foreign import DENSE, write_config
+from torchao_int4cpu.convert.plan import set_dtype
+from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
+from torchao_int4cpu.extras import import_extra
+
+
+def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype | None = None) -> Report:
+    """Write a GGUF file as a directory of ours, with the tokenizer that is in it.
+
+    Args:
+        file: of an architecture that transformers reads.
+        out: the directory to make, see `write_directory`.
+        progress: told of each tensor.
+        dtype: of the model; bfloat16 if None, as the file does not say.
+
+    Raises:
+        MissingExtra: transformers or gguf is not installed.
+        ValueError: the file is damaged, or has nothing in 4 bits.
+    """
+    transformers = import_extra("transformers", "hf")
+    gguf = import_extra("gguf", "gguf")
+    from torchao_int4cpu.integrations.transformers_gguf import Lazy, read_gguf
+
+    dtype = dtype or torch.bfloat16
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no file; give the path of a GGUF file")
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(**where)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as a GGUF model ({error})") from error
+    set_dtype(model_config, dtype)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+
+    def items() -> Iterator[Item]:
+        for name, value, size in read_gguf(str(file), model, dtype):
+            if isinstance(value, Lazy):
+                yield Item(name, size, size, "", functools.partial(_lazily, value))
+            else:
+                yield Item(name, size, value.nbytes, DENSE, functools.partial(_made, value))
+
+    def finish(made: Path, entries: dict[str, Any]) -> None:
+        write_config(model, model_config, entries, made)
+        if "tokenizer.ggml.tokens" in gguf.GGUFReader(file).fields:
+            transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(made)
+
+    settings = settings_of([file], format="gguf", dtype=dtype)
+    return write_directory(items(), out, settings, finish, progress)
+
+
+def _lazily(value: Any) -> tuple[Tensor, float]:
+    return value[:], math.inf
+
+
+def _made(value: Tensor) -> tuple[Tensor, float]:
+    return value, math.inf
