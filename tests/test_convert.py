@@ -262,6 +262,29 @@ def test_a_gguf_file(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(expected))
 
 
+def test_the_rest_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedding, which the file has in 8 bits, becomes 4-bit: as by `quantize_`."""
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    arguments = ["convert", str(tmp_path / "model.gguf"), str(tmp_path / "out")]
+    assert cli.main([*arguments, "--rest", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("4-bit weights         15, ")
+    assert "(model.embed_tokens.weight)" in printed
+    model = loaded(tmp_path / "out")
+    embedding = model.model.embed_tokens.weight
+    assert isinstance(embedding, Int4OpaqueTensor)
+    assert model.lm_head.weight is embedding
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16
+    ).model.embed_tokens.weight
+    expected = Int4OpaqueTensor.from_hp(dense.detach(), [1, 64], "mse")
+    assert torch.equal(embedding.qdata, expected.qdata)
+    assert torch.equal(embedding.scale_and_zero, expected.scale_and_zero)
+    assert logits(model).isfinite().all()
+    assert cli.main(["convert", str(tmp_path), str(tmp_path / "other"), "--rest", "64"]) == 1
+    assert "--rest is for .gguf files" in capsys.readouterr().err
+
+
 def test_a_damaged_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "model.gguf", "Q4_0")
     whole = (tmp_path / "model.gguf").read_bytes()

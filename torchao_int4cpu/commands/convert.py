@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from torchao_int4cpu.convert.gguf import convert_gguf
 from torchao_int4cpu.convert.onnx_weights import convert_onnx
 from torchao_int4cpu.convert.shards import Progress, Report
 from torchao_int4cpu.extras import import_extra
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 
 def add_to(commands: Commands) -> None:
@@ -36,6 +39,13 @@ def add_to(commands: Commands) -> None:
         choices=sorted(DTYPES),
         help="of the model; without it what config.json says, and bf16 of a .gguf file",
     )
+    command.add_argument(
+        "--rest",
+        type=int,
+        choices=GROUP_SIZES,
+        metavar="GROUP_SIZE",
+        help="of a .gguf file: quantize by mse the layers and embeddings that it has in more bits, too",
+    )
     command.set_defaults(run=run)
 
 
@@ -48,10 +58,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'4-bit weights':<18} {len(shapes):>5}")
         print(f"{'written':<18} {args.out}, {args.out.stat().st_size / 1e9:.3f} GB")
         return 0
-    convert = convert_gguf if source.suffix == ".gguf" else convert_directory
+    rest = None
+    if args.rest is not None:
+        if source.suffix != ".gguf":
+            raise ValueError(f"--rest is for .gguf files, and {str(source)!r} is none; leave it out")
+        rest = Int4WeightOnlyConfig(group_size=args.rest, int4_choose_qparams_algorithm="mse")
     try:
         with bar(source) as progress:
-            report = convert(source, args.out, progress, dtype)
+            if source.suffix == ".gguf":
+                report = convert_gguf(source, args.out, progress, dtype, rest=rest)
+            else:
+                report = convert_directory(source, args.out, progress, dtype)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
         return 130
@@ -76,5 +93,7 @@ def bar(source: Path) -> Iterator[Progress]:
 
 def _print(report: Report, out: Path) -> None:
     print_tensors(report)
+    if report.worst.sqnr < math.inf:
+        print(f"{'SQNR':<18} worst {report.worst.sqnr:.1f} dB ({report.worst.name})")
     earlier = f", {report.resumed} of an earlier run" if report.resumed else ""
     print(f"{'written':<18} {out}, {report.shards} files{earlier}")

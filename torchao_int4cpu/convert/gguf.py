@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.convert.directory import sqnr
 from torchao_int4cpu.convert.foreign import DENSE, write_config
 from torchao_int4cpu.convert.plan import set_dtype
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
 from torchao_int4cpu.extras import import_extra
+from torchao_int4cpu.format.packed import packed_bytes
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 
-def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype | None = None) -> Report:
+def convert_gguf(
+    file: Path,
+    out: Path,
+    progress: Progress,
+    dtype: torch.dtype | None = None,
+    *,
+    rest: Int4WeightOnlyConfig | None = None,
+) -> Report:
     """Write a GGUF file as a directory of ours, with the tokenizer that is in it.
 
     Args:
@@ -25,6 +37,8 @@ def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype |
         out: the directory to make, see `write_directory`.
         progress: told of each tensor.
         dtype: of the model; bfloat16 if None, as the file does not say.
+        rest: how to quantize the linear layers and embeddings that the file has in more bits; None to
+            keep them dense.
 
     Raises:
         MissingExtra: transformers or gguf is not installed.
@@ -50,6 +64,9 @@ def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype |
         for name, value, size in read_gguf(str(file), model, dtype):
             if isinstance(value, Lazy):
                 yield Item(name, size, size, "", functools.partial(_lazily, value))
+            elif rest is not None and _is_wide(model, name):
+                after = packed_bytes(value.shape, rest.group_size)
+                yield Item(name, size, after, "", functools.partial(_quantized, value, rest))
             else:
                 yield Item(name, size, value.nbytes, DENSE, functools.partial(_made, value))
 
@@ -58,8 +75,19 @@ def convert_gguf(file: Path, out: Path, progress: Progress, dtype: torch.dtype |
         if "tokenizer.ggml.tokens" in gguf.GGUFReader(file).fields:
             transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(made)
 
-    settings = settings_of([file], format="gguf", dtype=dtype)
+    settings = settings_of([file], format="gguf", dtype=dtype, rest=rest)
     return write_directory(items(), out, settings, finish, progress)
+
+
+def _is_wide(model: Any, name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    return last == "weight" and isinstance(model.get_submodule(module), (nn.Linear, nn.Embedding))
+
+
+def _quantized(value: Tensor, config: Int4WeightOnlyConfig) -> tuple[Tensor, float]:
+    groupwise = choose_qparams(value, config.group_size, config.int4_choose_qparams_algorithm)
+    weight = Int4OpaqueTensor.from_groupwise(groupwise, dtype=value.dtype)
+    return weight, sqnr(value, groupwise)
 
 
 def _lazily(value: Any) -> tuple[Tensor, float]:
