@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,9 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from tests.test_foreign_models import IDS, logits
 from torchao_int4cpu import Int4OpaqueTensor, import_checkpoints
 from torchao_int4cpu import __main__ as cli
+from torchao_int4cpu.convert.gguf import convert_gguf
 from torchao_int4cpu.importers.gguf import KINDS
+from torchao_int4cpu.importers.survey import survey_of_gguf
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 256, 512, 320
 
@@ -148,3 +153,30 @@ def test_inspect_says_what_of_a_file_is_kept(
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 1
     assert "is no whole GGUF file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(80, marks=pytest.mark.slow)])
+def test_absurd_numbers_in_a_header(count: int, tmp_path: Path) -> None:
+    """Counts, lengths, sizes, offsets: an error, or what the file says still; little memory, no crash."""
+    write(tmp_path / "model.gguf", "Q4_1")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    end = whole.index(b"output_norm.weight") + 60
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        start = 4 + number * (end - 12) // count
+        for value in (2**62, 2**64 - 1, 2**31, 0):
+            damaged = bytearray(whole)
+            damaged[start : start + 8] = struct.pack("<Q", value)
+            (tmp_path / "model.gguf").write_bytes(damaged)
+            for read in (
+                lambda: survey_of_gguf(tmp_path / "model.gguf"),
+                lambda: convert_gguf(
+                    tmp_path / "model.gguf", tmp_path / "out", lambda name, done: None
+                ),
+            ):
+                with contextlib.suppress(ValueError):
+                    read()
+            for made in tmp_path.glob("out*"):
+                shutil.rmtree(made)
+    # KiB; the file has 0.8 MB, its model 1.3.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
@@ -52,16 +53,18 @@ def convert_gguf(
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; give the path of a GGUF file")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
+    with _damage_named(file):
         model_config = transformers.AutoConfig.from_pretrained(**where)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as a GGUF model ({error})") from error
-    set_dtype(model_config, dtype)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        set_dtype(model_config, dtype)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+
+    def found() -> Iterator[tuple[str, Any, int]]:
+        with _damage_named(file):
+            yield from read_gguf(str(file), model, dtype)
 
     def items() -> Iterator[Item]:
-        for name, value, size in read_gguf(str(file), model, dtype):
+        for name, value, size in found():
             if isinstance(value, Lazy):
                 yield Item(name, size, size, "", functools.partial(_lazily, value))
             elif rest is not None and _is_wide(model, name):
@@ -77,6 +80,22 @@ def convert_gguf(
 
     settings = settings_of([file], format="gguf", dtype=dtype, rest=rest)
     return write_directory(items(), out, settings, finish, progress)
+
+
+@contextlib.contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Name a damaged file: what gguf and transformers raise of one is of any class.
+
+    Raises:
+        ValueError: they raise anything.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read as a GGUF model ({type(error).__name__}: {error}); fetch it "
+            "again, or convert one of an architecture that transformers reads"
+        ) from error
 
 
 def _is_wide(model: Any, name: str) -> bool:

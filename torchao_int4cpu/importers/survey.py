@@ -76,7 +76,7 @@ def survey_of_gguf(file: Path) -> Survey:
     read = 0
     try:
         tensors = reader(file).tensors
-    except (ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # of any class, as the file is damaged in any way
         raise ValueError(f"{str(file)!r} is no whole GGUF file ({error}); fetch it again") from error
     for tensor in tensors:
         kind = tensor.tensor_type.name

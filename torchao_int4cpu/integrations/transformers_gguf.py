@@ -118,7 +118,8 @@ def _maker(
     data: Any, kind: str, k: int, order: Tensor, dtype: torch.dtype
 ) -> Callable[[], Int4OpaqueTensor]:
     def make() -> Int4OpaqueTensor:
-        blocks = torch.from_numpy(np.array(data)).reshape(len(order), -1)[order]
+        raw = torch.from_numpy(np.array(data))
+        blocks = raw.reshape(len(order), raw.numel() // max(1, len(order)))[order]  # perhaps of no row
         return as_weight(groupwise_of_gguf(blocks, kind, k), dtype)
 
     return make
