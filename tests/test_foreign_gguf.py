@@ -157,7 +157,7 @@ def test_inspect_says_what_of_a_file_is_kept(
 
 @pytest.mark.parametrize("count", [6, pytest.param(80, marks=pytest.mark.slow)])
 def test_absurd_numbers_in_a_header(count: int, tmp_path: Path) -> None:
-    """Counts, lengths, sizes, offsets: an error, or what the file says still; little memory, no crash."""
+    """Counts, lengths, sizes, offsets: an error, or what the file says still; no crash, no memory."""
     write(tmp_path / "model.gguf", "Q4_1")
     whole = (tmp_path / "model.gguf").read_bytes()
     end = whole.index(b"output_norm.weight") + 60
