@@ -258,6 +258,7 @@ def test_a_gguf_file(kind: str, tmp_path: Path) -> None:
         tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16
     )
     assert model.dtype == torch.bfloat16
+    assert model.config.architectures == ["LlamaForCausalLM"]
     assert sum(isinstance(p, Int4OpaqueTensor) for p in model.parameters()) == 14
     assert torch.equal(logits(model), logits(expected))
 

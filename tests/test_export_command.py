@@ -176,7 +176,7 @@ def test_what_was_quantized_here_is_said_to_move(
     assert type(theirs.model.layers[0].self_attn.k_proj.weight) is torch.nn.Parameter
     arguments = ["export", str(source), str(tmp_path / "again"), "--format", format]
     assert cli.main(arguments) == 0
-    assert "zero points        rounded: worst SQNR " in capsys.readouterr().out
+    assert "zeros              rounded: worst SQNR " in capsys.readouterr().out
 
 
 def of_experts(folder: Path) -> Path:

@@ -76,7 +76,16 @@ MODULES = {
         "survey",
     ],
     "quantize": ["filters", "report", "run", "obstacles", "parameter", "config"],
-    "convert": ["plan", "shards", "directory", "foreign", "gguf", "onnx_weights", "export"],
+    "convert": [
+        "plan",
+        "shards",
+        "directory",
+        "foreign",
+        "gguf",
+        "onnx_weights",
+        "export",
+        "gguf_export",
+    ],
     "integrations": [
         "torchao_int4cpu_on_import",
         "dlpack",

@@ -11,6 +11,7 @@ from torchao_int4cpu.commands.convert import bar
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.commands.quantize import print_tensors
 from torchao_int4cpu.convert.export import FORMATS, export_directory
+from torchao_int4cpu.convert.gguf_export import export_gguf
 from torchao_int4cpu.convert.shards import Report
 
 
@@ -20,8 +21,8 @@ def add_to(commands: Commands) -> None:
         "export", help="a 4-bit directory of this package in the format of another tool"
     )
     command.add_argument("source", type=Path, metavar="SRC", help="a 4-bit directory")
-    command.add_argument("out", type=Path, metavar="OUT", help="directory to make")
-    command.add_argument("--format", required=True, choices=sorted(FORMATS))
+    command.add_argument("out", type=Path, metavar="OUT", help="directory to make; of gguf, a file")
+    command.add_argument("--format", required=True, choices=sorted([*FORMATS, "gguf"]))
     command.set_defaults(run=run)
 
 
@@ -29,19 +30,22 @@ def run(args: argparse.Namespace) -> int:
     """Export, and print what became of the tensors, and what it cost."""
     try:
         with bar(args.source) as progress:
-            report = export_directory(args.source, args.out, args.format, progress)
+            if args.format == "gguf":
+                report = export_gguf(args.source, args.out, progress)
+            else:
+                report = export_directory(args.source, args.out, args.format, progress)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
         return 130
     print_tensors(report)
-    print(f"{'zero points':<18} {_cost(report)}")
+    print(f"{'zeros':<18} {_cost(report)}")
     earlier = f", {report.resumed} of an earlier run" if report.resumed else ""
     print(f"{'written':<18} {args.out}, {report.shards} files{earlier}")
     return 0
 
 
 def _cost(report: Report) -> str:
-    """Zeros become whole numbers of scales; a weight that they were not moves."""
+    """Zeros become whole numbers of scales, or minima in float16; a weight that they were not moves."""
     if report.worst.sqnr == math.inf:
         return "exact"
     return (

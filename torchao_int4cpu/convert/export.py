@@ -36,8 +36,8 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 DENSE, EXPANDED = "dense", "a 4-bit embedding, which this format has dense"
 
 
-class _Weight(NamedTuple):
-    """A 4-bit weight of the source: what the metadata says, and its parts."""
+class Int4Source(NamedTuple):
+    """A 4-bit weight of a directory: what the metadata says, and its parts."""
 
     data: dict[str, Any]
     parts: dict[str, Source]
@@ -55,6 +55,10 @@ class _Weight(NamedTuple):
         loaded: Any = from_safetensors(**self.data | {"dtype": dtype} | parts)
         weight: Int4OpaqueTensor = loaded
         return weight
+
+
+#: What makes the tensors of an item.
+_Make = Callable[[], tuple[dict[str, Tensor], float]]
 
 
 class _Format(NamedTuple):
@@ -79,18 +83,8 @@ def export_directory(folder: Path, out: Path, format: str, progress: Progress) -
     """
     transformers = import_extra("transformers", "hf")
     files = sorted(folder.glob("*.safetensors"))
-    weights = _weights(files)
-    if not (folder / "config.json").is_file() or not weights:
-        raise ValueError(
-            f"{str(folder)!r} is no Hugging Face directory with 4-bit weights of this package; make "
-            "one with the command quantize or convert"
-        )
-    for name, weight in weights.items():
-        if len(weight.data["shape"]) != 2 or weight.data.get("transposed"):
-            raise ValueError(
-                f"{name} is a stack of experts, or a transposed weight, which {format} has one by one "
-                "under other names; only linear layers are exported"
-            )
+    weights = int4_sources(files)
+    check_exportable(folder, weights, format)
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     model_config = transformers.AutoConfig.for_model(**config)
@@ -117,7 +111,31 @@ def export_directory(folder: Path, out: Path, format: str, progress: Progress) -
     return write_directory(items, out, settings, finish, progress, largest=largest)
 
 
-def _weights(files: list[Path]) -> dict[str, _Weight]:
+def check_exportable(folder: Path, weights: dict[str, Int4Source], format: str) -> None:
+    """Check that other tools can have the weights of a directory.
+
+    Raises:
+        ValueError: there are none, or some are not those of linear layers.
+    """
+    if not (folder / "config.json").is_file() or not weights:
+        raise ValueError(
+            f"{str(folder)!r} is no Hugging Face directory with 4-bit weights of this package; make "
+            "one with the command quantize or convert"
+        )
+    for name, weight in weights.items():
+        if len(weight.data["shape"]) != 2 or weight.data.get("transposed"):
+            raise ValueError(
+                f"{name} is a stack of experts, or a transposed weight, which {format} has one by one "
+                "under other names; only linear layers are exported"
+            )
+
+
+def int4_sources(files: list[Path]) -> dict[str, Int4Source]:
+    """The 4-bit weights of safetensors files, by their names.
+
+    Raises:
+        ValueError: a part is missing.
+    """
     stored = {source.key: source for file in files for source in read_header(file)}
     found = {}
     for file in files:
@@ -127,12 +145,12 @@ def _weights(files: list[Path]) -> dict[str, _Weight]:
             if missing:
                 raise ValueError(f"{', '.join(missing)} is missing; fetch the files again")
             sources = {part: stored[key] for part, key in parts.items()}
-            found[name] = _Weight(dict(entry["_data"]), sources)
+            found[name] = Int4Source(dict(entry["_data"]), sources)
     return found
 
 
 def _items(
-    sources: list[Source], weights: dict[str, _Weight], linear: set[str], how: _Format
+    sources: list[Source], weights: dict[str, Int4Source], linear: set[str], how: _Format
 ) -> Iterator[Item]:
     owner = {s.key: name for name, weight in weights.items() for s in weight.parts.values()}
     for source in sources:
@@ -148,15 +166,15 @@ def _items(
                 yield Item(name, size, 4 * size, EXPANDED, _expanded(name, weight))
 
 
-def _dense(source: Source) -> Callable[[], tuple[dict[str, Tensor], float]]:
+def _dense(source: Source) -> _Make:
     return lambda: ({source.key: read(source)}, math.inf)
 
 
-def _expanded(name: str, weight: _Weight) -> Callable[[], tuple[dict[str, Tensor], float]]:
+def _expanded(name: str, weight: Int4Source) -> _Make:
     return lambda: ({name: weight.load().dequantize()}, math.inf)
 
 
-def _written(name: str, weight: _Weight, how: _Format) -> Callable[[], tuple[dict[str, Tensor], float]]:
+def _written(name: str, weight: Int4Source, how: _Format) -> _Make:
     def make() -> tuple[dict[str, Tensor], float]:
         t = weight.load()
         if t.act_pre_scale is not None:
@@ -170,12 +188,12 @@ def _written(name: str, weight: _Weight, how: _Format) -> Callable[[], tuple[dic
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         stem = name.removesuffix("weight")
-        return {f"{stem}{part}": tensor for part, tensor in parts.items()}, _sqnr(value, stands_for)
+        return {f"{stem}{part}": tensor for part, tensor in parts.items()}, sqnr_of(value, stands_for)
 
     return make
 
 
-def _sqnr(value: GroupwiseInt4, stands_for: GroupwiseInt4) -> float:
+def sqnr_of(value: GroupwiseInt4, stands_for: GroupwiseInt4) -> float:
     """Of what a format makes of a weight, in dB."""
     exact = value.dequantize()
     noise = float((stands_for.dequantize() - exact).square().sum())

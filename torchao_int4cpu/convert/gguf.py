@@ -58,6 +58,7 @@ def convert_gguf(
         set_dtype(model_config, dtype)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    model_config.architectures = [type(model).__name__]  # which the file does not say
 
     def found() -> Iterator[tuple[str, Any, int]]:
         with _damage_named(file):

@@ -55,6 +55,36 @@ def groupwise_of_gguf(blocks: Tensor, kind: str, k: int) -> GroupwiseInt4:
     return GroupwiseInt4(codes.reshape(n, k), scale.reshape(n, -1), zero.reshape(n, -1), _BLOCK)
 
 
+def gguf_of_groupwise(weight: GroupwiseInt4, kind: str) -> tuple[Tensor, GroupwiseInt4]:
+    """The blocks of a weight, and the weight that these stand for. Blocks of a group share its numbers.
+
+    Args:
+        weight: of any group size, K a multiple of 32.
+        kind: ``"Q4_1"``, or ``"Q4_0"`` for a weight whose zeros are all 0.
+
+    Returns:
+        uint8 ``[N, bytes of a row]``.
+
+    Raises:
+        ValueError: the weight has an order of columns, or a number does not fit float16.
+    """
+    if weight.act_order is not None:
+        raise ValueError(
+            "the weight has groups of columns in another order (act_order), which GGUF has not; export "
+            "it as gptq"
+        )
+    n, k = weight.shape
+    blocks = torch.arange(k // _BLOCK) * _BLOCK // weight.group_size
+    scale, zero = (part[:, blocks].float() for part in (weight.scale, weight.zero))
+    numbers = [scale] if kind == "Q4_0" else [scale, zero - CODE_OFFSET * scale]
+    halves = torch.stack(numbers, dim=-1).to(torch.float16)
+    if not bool(halves.isfinite().all()):
+        raise ValueError("a scale or minimum does not fit float16; divide the weight by a constant")
+    low, high = weight.codes.view(n, -1, 2, _BLOCK // 2).unbind(2)
+    raw = torch.cat([halves.view(torch.uint8), low | (high << 4)], dim=-1).flatten(1)
+    return raw, groupwise_of_gguf(raw, kind, k)
+
+
 def _float16(blocks: Tensor, count: int) -> Tensor:
     """The float16 numbers that blocks begin with, ``[..., count]`` as float32."""
     return blocks[..., : 2 * count].contiguous().view(torch.float16).float()
