@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -125,10 +125,12 @@ def test_the_file_is_the_model(
         assert torch.equal(weight.to_groupwise().codes, ours.get_parameter(name).to_groupwise().codes)
     a, b = logits(read), logits(ours)
     assert float((a.float() - b.float()).norm() / b.float().norm()) < 2e-2
+    fields = gguf.GGUFReader(out).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     mine = AutoTokenizer.from_pretrained(tmp_path, gguf_file=out.name)
     theirs = AutoTokenizer.from_pretrained(source)
-    if architecture == "qwen2":  # for others transformers splits words in ways of their own
-        assert mine(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
+    # Not of whole texts: transformers does not ask the file how it splits words.
     assert mine.convert_ids_to_tokens(range(290)) == theirs.convert_ids_to_tokens(range(290))
     assert mine.eos_token == theirs.eos_token == "<|end|>"
 
@@ -167,6 +169,31 @@ def test_symmetric_weights_take_less(tmp_path: Path) -> None:
     assert kinds.count("Q4_0") == 14
 
 
+@pytest.mark.parametrize(
+    ("splitting", "name"),
+    [
+        (pre_tokenizers.Digits(individual_digits=True), "smollm"),
+        (pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}{1,3}|."), "isolated"), "llama-bpe"),
+        (pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|."), "isolated"), "qwen2"),
+    ],
+)
+def test_how_words_are_split(splitting: Any, name: str, tmp_path: Path) -> None:
+    """By the names of llama.cpp; a token at the beginning where the tokenizer adds one."""
+    source = quantized(tmp_path, model_of("llama"))
+    fast = tokenizer()
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitting, own])
+    begins = processors.TemplateProcessing(
+        single="<|start|> $A", pair="<|start|> $A $B", special_tokens=[("<|start|>", 0)]
+    )
+    fast.backend_tokenizer.post_processor = begins
+    fast.save_pretrained(source)
+    export_gguf(source, tmp_path / "model.gguf", nothing)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == name
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(source: Path) -> str:
         arguments = ["export", str(source), str(tmp_path / "out.gguf"), "--format", "gguf"]
@@ -179,6 +206,12 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     text = file.read_text()
     file.write_text(text.replace('"BPE"', '"Unigram"'))
     assert "of kind Unigram; only byte-level BPE" in refused(source)
+    file.write_text(
+        text.replace('"use_regex":true', '"use_regex":false').replace(
+            '"use_regex": true', '"use_regex": false'
+        )
+    )
+    assert "splits words in a way that GGUF has no name for" in refused(source)
     file.unlink()
     assert "tokenizer.json' is not there; only byte-level BPE" in refused(source)
     file.write_text(text)

@@ -23,12 +23,21 @@ from torchao_int4cpu.convert.shards import Done, Progress, Report
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.importers.gguf import gguf_of_groupwise
 
-#: By ``architectures`` of config.json: the name in GGUF, and of how the words of a text are split.
+#: By ``architectures`` of config.json: the name in GGUF.
 ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", ""),
-    "Qwen2ForCausalLM": ("qwen2", "qwen2"),
-    "Qwen3ForCausalLM": ("qwen3", "qwen2"),
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
+
+#: How a text is split into words, by what the splitting of tokenizer.json has in it: llama.cpp knows
+#: each way by a name of its own. The first that is found counts.
+_SPLITS = (
+    (r"\\p{N}{1,3}", "llama-bpe"),
+    (r"\\p{N}|", "qwen2"),
+    ('"Digits"', "smollm"),
+    ('"use_regex": true', "gpt-2"),
+)
 
 
 class _Tensor(NamedTuple):
@@ -63,17 +72,17 @@ def export_gguf(folder: Path, out: Path, progress: Progress) -> Report:
     weights = int4_sources(files)
     check_exportable(folder, weights, "gguf")
     config = transformers.AutoConfig.from_pretrained(folder)
-    architecture, words = _architecture(config)
-    tokens = _Tokens(folder, config.vocab_size, words)
+    architecture = _architecture(config)
+    tokens = _Tokens(folder, config.vocab_size)
     sources = {source.key: source for file in files for source in read_header(file)}
     tensors = list(_tensors(gguf, config, architecture, weights, sources))
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)
     _write_config(gguf, writer, config)
     tokens.write(writer)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size).add_to_gguf(
-        writer, quiet=True
-    )
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size)
+    special.add_special_token.pop("bos", None)  # the tokenizer was asked
+    special.add_to_gguf(writer, quiet=True)
     for tensor in tensors:
         _announce(gguf, writer, tensor)
     writer.write_header_to_file()
@@ -90,7 +99,7 @@ def export_gguf(folder: Path, out: Path, progress: Progress) -> Report:
     return Report(done, 1, 0)
 
 
-def _architecture(config: Any) -> tuple[str, str]:
+def _architecture(config: Any) -> str:
     names = getattr(config, "architectures", None) or [""]
     if names[0] not in ARCHITECTURES:
         raise ValueError(
@@ -130,7 +139,7 @@ class _Tokens:
         ValueError: there is none, or it is of another kind.
     """
 
-    def __init__(self, folder: Path, size: int, words: str) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
         file = folder / "tokenizer.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
         model = found.get("model", {})
@@ -141,9 +150,17 @@ class _Tokens:
                 f"{str(file)!r} is {kind}; only byte-level BPE is written to GGUF files, so save such "
                 "a tokenizer there, or export the model as gptq or compressed-tensors"
             )
-        # llama.cpp knows how words are split by a name of its own.
-        split = json.dumps(found["pre_tokenizer"])
-        self._words = words or ("smollm" if '"Digits"' in split else "llama-bpe")
+        splitting = json.dumps(found["pre_tokenizer"])
+        words = [name for part, name in _SPLITS if part in splitting]
+        if not words:
+            raise ValueError(
+                f"{str(file)!r} splits words in a way that GGUF has no name for here; export the "
+                "model as gptq or compressed-tensors"
+            )
+        self._words = words[0]
+        tokenizer = import_extra("transformers", "hf").AutoTokenizer.from_pretrained(folder)
+        first = tokenizer("a")["input_ids"][:1]
+        self._begins = first == [tokenizer.bos_token_id]
         # 1 is a word, 3 a control token, 4 one that users added, 5 an empty place.
         self._texts = [f"[PAD{i}]" for i in range(size)]
         self._kinds = [5] * size
@@ -161,6 +178,8 @@ class _Tokens:
         writer.add_tokenizer_pre(self._words)
         writer.add_token_list(self._texts)
         writer.add_token_types(self._kinds)
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(self._begins)
 
 
 def _tensors(
