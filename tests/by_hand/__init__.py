@@ -1,0 +1,1 @@
+"""Comparisons with tools that take minutes to install or compile; nothing here runs by itself."""
