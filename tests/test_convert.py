@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from tests.foreign_checkpoints import Foreign, foreign, save_foreign
 from tests.hugging_face_models import llama, written
@@ -208,6 +208,11 @@ def without_zeros(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def of_falcon(folder: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
+    save_foreign(folder, FalconForCausalLM(FalconConfig(**sizes)), "awq")
+
+
 def without_an_expert(folder: Path) -> None:
     save_foreign(folder, tiny_experts(), "gptq")
     state = load_file(folder / "model.safetensors")
@@ -227,6 +232,7 @@ def of_ordered_experts(folder: Path) -> None:
         (of_other_bits, "weights of 8 bits; only those of 4"),
         (of_mlx_with_other_bits, "the MLX checkpoint has 8 bits, mode 'affine'; only"),
         (of_a_tool_not_known, "is quantized by 'bitsandbytes'; these are converted: gptq, awq"),
+        (of_falcon, "AWQ scales the activations of falcon"),
         (of_another_model, "down_proj.weight: qweight has 40 rows for 352 inputs, 3.64 bits a weight"),
         (without_zeros, "q_proj.weight: the file has no scales beside g_idx, qweight"),
         (without_an_expert, "the file has not all of the 4 experts of model.layers.0.mlp.experts.gate"),

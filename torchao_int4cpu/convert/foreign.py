@@ -75,8 +75,8 @@ def convert_directory(
             f"{str(folder)!r} is not a Hugging Face directory with a config.json and *.safetensors "
             "files; give one of GPTQ, AWQ, compressed-tensors or MLX, or a .gguf or .onnx file"
         )
-    format = _format_of(folder)
     model_config = transformers.AutoConfig.from_pretrained(folder)
+    format = _format_of(folder, model_config)
     for name in ("quantization_config", "quantization"):
         if hasattr(model_config, name):
             delattr(model_config, name)
@@ -101,11 +101,11 @@ def convert_directory(
     return write_directory(items, out, settings, finish, progress, largest=largest)
 
 
-def _format_of(folder: Path) -> _Format:
+def _format_of(folder: Path, model_config: Any) -> _Format:
     """As config.json says.
 
     Raises:
-        ValueError: it says nothing, or of a format or bits that are not read.
+        ValueError: it says nothing, or of a format, bits or a model that are not read.
     """
     config = json.loads((folder / "config.json").read_text())
     said = config.get("quantization_config") or config.get("quantization")
@@ -133,6 +133,7 @@ def _format_of(folder: Path) -> _Format:
         )
     quantizer = QUANTIZERS[method](_config_of(method, said), pre_quantized=True)
     quantizer.check_config()
+    quantizer.check_model(model_config)
     return _Format(method, quantizer.names, quantizer.read)
 
 

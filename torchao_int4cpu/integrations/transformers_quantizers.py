@@ -68,6 +68,13 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def check_model(self, config: Any) -> None:
+        """Refuse models whose weights are not all that the tool changes.
+
+        Raises:
+            ValueError: with the reason.
+        """
+
     def read(self, parts: Parts, k: int) -> GroupwiseInt4:
         """The weight of a layer with K inputs."""
         raise NotImplementedError
@@ -110,6 +117,9 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{list(shape)}; the config and the weights are of two models"
             )
         return as_weight(groupwise, dtype)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.check_model(model.config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return hand_over(self, model, **kwargs)
@@ -178,9 +188,9 @@ class Awq(ImportingQuantizer):
                 "load it after torchao_int4cpu.import_checkpoints(False)"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def check_model(self, config: Any) -> None:
         """Refuse models whose activations AWQ divides by numbers of the file."""
-        kind = model.config.model_type
+        kind = config.model_type
         if kind in AWQ_SCALES_MAPPINGS:
             raise ValueError(
                 f"AWQ scales the activations of {kind} models (ScaledActivation), which is not read; "
