@@ -306,6 +306,7 @@ def test_where_resident_memory_is_not_known_the_work_is_done_all_the_same(
 # --- the command --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_measured(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--prompt-tokens", "5", "--new-tokens", "2", "--passes", "1", "--group-size", "32"]
     sizes += ["--batch-sizes", "1"]

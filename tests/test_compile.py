@@ -74,7 +74,11 @@ def test_two_graphs_serve_all_rows_under_automatic_dynamic() -> None:
 
 
 @pytest.mark.parametrize("rows", [DECODE_FIRST, PREFILL_FIRST], ids=["decode", "prefill"])
-@pytest.mark.parametrize("options", [{}, {"dynamic": True}], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"dynamic": True}],
+    ids=["automatic", "dynamic"],
+)
 def test_no_more_graphs_than_a_dense_layer(rows: list[int], options: dict[str, Any]) -> None:
     dense = nn.Linear(512, 600).bfloat16()
     assert count_graphs(layer(), rows, **options) == count_graphs(dense, rows, **options)

@@ -108,6 +108,7 @@ def test_a_wrong_config_is_refused(
     assert type(layers[0].weight) is nn.Parameter
 
 
+@pytest.mark.slow
 def test_torchaos_other_formats_are_untouched() -> None:
     layer = nn.Linear(128, 64).bfloat16()
     with pytest.raises((AssertionError, ImportError, RuntimeError, AttributeError, ValueError)) as ours:

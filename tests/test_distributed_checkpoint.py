@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -133,6 +134,7 @@ def test_saved_by_one_or_four_loaded_by_two(ranks: Ranks) -> None:
         assert_same_codes(local(found), expected_shard(WEIGHTS["off borders"][0], dim, ranks))
 
 
+@pytest.mark.slow
 @in_ranks("2", "2 mixed")
 def test_a_model_changes_the_way_it_is_sharded(ranks: Ranks) -> None:
     """Tensor parallel to FSDP2 to one process, through the state dicts of models."""

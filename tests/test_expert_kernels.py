@@ -273,7 +273,7 @@ row_shapes = pytest.mark.parametrize(("n", "k", "group_size"), ROW_SHAPES)
 ROW_DTYPES = [*DTYPES, torch.float64]
 
 
-@pytest.fixture(params=[None, 1, 5000])
+@pytest.fixture(params=[None, pytest.param(1, marks=pytest.mark.slow), 5000])
 def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in many chunks, of one row or block and of several."""
     if request.param is not None:

@@ -421,6 +421,7 @@ def test_the_other_dtype_in_a_file_is_damage(written: torch.dtype, read: torch.d
 # --- processes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @in_ranks("2")
 def test_ranks_with_two_dtypes_are_told(ranks: Ranks) -> None:
     """As bytes they would be taken for each other."""

@@ -142,6 +142,7 @@ def test_awq_gets_what_it_asks_for() -> None:
     assert all(isinstance(layer.weight, Int4OpaqueTensor) for layer in model)
 
 
+@pytest.mark.slow
 @in_ranks("2", "4")
 def test_all_processes_decide_by_the_whole_weight(ranks: Ranks) -> None:
     """A piece of a few rows would be smaller dense; another process might have a larger piece."""

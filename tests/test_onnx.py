@@ -186,6 +186,7 @@ def test_the_program_of_torch_export(tmp_path: Path) -> None:
         assert OnnxFile(tmp_path, model, (x,)).operators[MICROSOFTS] == 1
 
 
+@pytest.mark.slow
 def test_torchs_own_check_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     """``verify=True`` runs the program beside the file: it is as torch decomposed it."""
     x = torch.randn(3, 64)
@@ -234,6 +235,7 @@ def test_forms_of_products_with_stacks(tmp_path: Path) -> None:
     assert file.operators[MICROSOFTS] > 20
 
 
+@pytest.mark.slow
 def test_standard_operators_only(tmp_path: Path) -> None:
     weight = random_weight(160, 128, act_pre_scale=torch.rand(128) + 0.5)
     with standard_operators():

@@ -281,7 +281,7 @@ def test_save_model_and_load_model(four_bits: bool, tmp_path: Path) -> None:
         load_model(other, file)
 
 
-@pytest.mark.parametrize("size", ["10GB", 2000])
+@pytest.mark.parametrize("size", [pytest.param("10GB", marks=pytest.mark.slow), 2000])
 def test_accelerate(size: Any, tmp_path: Path) -> None:
     model, back = net(), net()
     Accelerator().save_model(model, tmp_path, max_shard_size=size)

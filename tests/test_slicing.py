@@ -41,7 +41,10 @@ def packed_rows(codes: Tensor, layout: NibbleLayout, start: int, stop: int) -> P
     return PackedRows(pack(padded(codes), layout), layout, len(codes), start, stop)
 
 
-@pytest.fixture(params=[None, 64, 5000], ids=["at once", "2 columns", "some columns"])
+@pytest.fixture(
+    params=[None, pytest.param(64, marks=pytest.mark.slow), 5000],
+    ids=["at once", "2 columns", "some columns"],
+)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few codes at a time, so that small weights are shuffled in many pieces."""
     if request.param is not None:

@@ -35,6 +35,7 @@ def test_newer_versions_are_recognised(found: dict[str, str], expected: list[str
     assert version.untested(found) == expected
 
 
+@pytest.mark.slow
 def test_a_newer_version_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.99.1")
     with pytest.warns(
