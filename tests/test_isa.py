@@ -68,7 +68,7 @@ def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
 @pytest.mark.parametrize("capability", [_param(name) for name in OTHERS])
 def test_layout_and_weight_hold(capability: str) -> None:
     """The layout against the op, what a weight is, and its product, with that instruction set."""
-    names = ("layout", "tensor", "slicing", "kernels", "float16_scales")
+    names = ("layout", "tensor", "slicing", "kernels", "float16_scales", "act_order")
     without = "not memory and not compil and not opcheck and not every_cut_of_rows"
     run_tests(capability, names, without + " and not ranks and not tests_hold and not else_holds")
 
