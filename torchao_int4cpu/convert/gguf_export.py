@@ -21,7 +21,7 @@ from torchao_int4cpu.convert.directory import read
 from torchao_int4cpu.convert.export import DENSE, Int4Source, check_exportable, int4_sources, sqnr_of
 from torchao_int4cpu.convert.shards import Done, Progress, Report
 from torchao_int4cpu.extras import import_extra
-from torchao_int4cpu.importers.gguf import gguf_of_groupwise
+from torchao_int4cpu.importers.gguf import KINDS, gguf_of_groupwise
 
 #: By ``architectures`` of config.json: the name in GGUF.
 ARCHITECTURES = {
@@ -30,18 +30,22 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
-#: How a text is split into words, by what the splitting of tokenizer.json has in it: llama.cpp knows
-#: each way by a name of its own. The first that is found counts.
-_SPLITS = (
-    (r"\\p{N}{1,3}", "llama-bpe"),
-    (r"\\p{N}|", "qwen2"),
-    ('"Digits"', "smollm"),
-    ('"use_regex": true', "gpt-2"),
-)
+#: What the regular expressions of Llama 3 and Qwen 2 have in common, around that of the digits.
+_BEFORE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_BEHIND = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+#: How a text is split into words, step by step as `_steps` has it, and llama.cpp's name for that.
+#: Nothing else is guessed: given other words than it learned from, a model answers worse, unnoticed.
+_WORDS = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (_BEFORE + r"\p{N}{1,3}" + _BEHIND, "bytes"): "llama-bpe",
+    (_BEFORE + r"\p{N}" + _BEHIND, "bytes"): "qwen2",
+}
 
 
 class _Tensor(NamedTuple):
-    """What is written of one tensor: its name and kind in the file, and where it is from."""
+    """What is written of one tensor: its name and kind in the file, where it is from, and its rows."""
 
     name: str
     kind: str
@@ -78,6 +82,26 @@ def export_gguf(folder: Path, out: Path, progress: Progress) -> Report:
     tensors = list(_tensors(gguf, config, architecture, weights, sources))
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)
+    try:
+        done = _write_file(gguf, writer, folder, config, tokens, tensors, progress)
+    except BaseException:  # Ctrl-C too
+        writer.close()
+        part.unlink(missing_ok=True)
+        raise
+    writer.close()
+    part.rename(out)
+    return Report(done, 1, 0)
+
+
+def _write_file(
+    gguf: Any,
+    writer: Any,
+    folder: Path,
+    config: Any,
+    tokens: _Tokens,
+    tensors: list[_Tensor],
+    progress: Progress,
+) -> list[Done]:
     _write_config(gguf, writer, config)
     tokens.write(writer)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size)
@@ -94,9 +118,7 @@ def export_gguf(folder: Path, out: Path, progress: Progress) -> Report:
         written = _write(writer, tensor)
         done.append(written)
         progress(tensor.key, written.bytes_before)
-    writer.close()
-    part.rename(out)
-    return Report(done, 1, 0)
+    return done
 
 
 def _architecture(config: Any) -> str:
@@ -143,21 +165,19 @@ class _Tokens:
         file = folder / "tokenizer.json"
         found = json.loads(file.read_text()) if file.is_file() else {}
         model = found.get("model", {})
-        byte_level = "ByteLevel" in json.dumps(found.get("pre_tokenizer"))
-        if model.get("type") != "BPE" or not byte_level:
+        if model.get("type") != "BPE":
             kind = f"of kind {model.get('type')}" if found else "not there"
             raise ValueError(
                 f"{str(file)!r} is {kind}; only byte-level BPE is written to GGUF files, so save such "
                 "a tokenizer there, or export the model as gptq or compressed-tensors"
             )
-        splitting = json.dumps(found["pre_tokenizer"])
-        words = [name for part, name in _SPLITS if part in splitting]
-        if not words:
+        words = _WORDS.get(_steps(found.get("pre_tokenizer")))
+        if words is None:
             raise ValueError(
-                f"{str(file)!r} splits words in a way that GGUF has no name for here; export the "
-                "model as gptq or compressed-tensors"
+                f"{str(file)!r} splits words in another way than GPT-2, SmolLM, Llama 3 and Qwen 2; "
+                "only these are written to GGUF, so export the model as gptq or compressed-tensors"
             )
-        self._words = words[0]
+        self._words = words
         tokenizer = import_extra("transformers", "hf").AutoTokenizer.from_pretrained(folder)
         first = tokenizer("a")["input_ids"][:1]
         self._begins = first == [tokenizer.bos_token_id]
@@ -182,6 +202,22 @@ class _Tokens:
         writer.add_add_bos_token(self._begins)
 
 
+def _steps(splitting: Any) -> tuple[str, ...]:
+    """Those of a ``pre_tokenizer``: "words" (GPT-2's), "digits", "bytes", a regular expression."""
+    if not isinstance(splitting, dict):
+        return ()
+    kind = splitting.get("type")
+    if kind == "Sequence":
+        return tuple(step for each in splitting["pretokenizers"] for step in _steps(each))
+    if kind == "ByteLevel" and not splitting.get("add_prefix_space"):
+        return ("words" if splitting.get("use_regex", True) else "bytes",)
+    if kind == "Digits" and splitting.get("individual_digits"):
+        return ("digits",)
+    if kind == "Split" and splitting.get("behavior") == "Isolated" and not splitting.get("invert"):
+        return (str(splitting["pattern"].get("Regex")),)
+    return (f"another: {kind}",)
+
+
 def _tensors(
     gguf: Any,
     config: Any,
@@ -203,7 +239,9 @@ def _tensors(
             )
         if isinstance(source, Int4Source):
             n, k = source.data["shape"]
-            yield _Tensor(name, "", key, (n, k), source, _order(config, architecture, key, n))
+            _check_weight(key, source)
+            order = _order(config, architecture, key, n)
+            yield _Tensor(name, _kind_of(source), key, (n, k), source, order)
         else:
             kind = "F32" if len(source.shape) == 1 else "F16"
             order = _order(config, architecture, key, source.shape[0])
@@ -224,17 +262,19 @@ def _order(config: Any, architecture: str, key: str, n: int) -> Tensor | None:
     return torch.arange(n).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def _announce(gguf: Any, writer: Any, tensor: _Tensor) -> None:
-    import numpy as np
-
-    if isinstance(tensor.source, Int4Source):
-        kind, n, size = _kind_of(tensor.source), *_blocks_shape(tensor)
-        raw = getattr(gguf.GGMLQuantizationType, kind)
-        writer.add_tensor_info(tensor.name, (n, size), np.dtype(np.uint8), n * size, raw)
-        return
-    dtype = np.dtype(np.float32 if tensor.kind == "F32" else np.float16)
-    count = math.prod(tensor.shape)
-    writer.add_tensor_info(tensor.name, tensor.shape, dtype, count * dtype.itemsize)
+def _check_weight(key: str, source: Int4Source) -> None:
+    """Refuse what blocks of a file cannot hold, before there is a file."""
+    k = source.data["shape"][1]
+    if k % 32:
+        raise ValueError(
+            f"{key} has {k} columns, and GGUF has blocks of 32; leave it dense (quantize with --skip)"
+        )
+    for part, cure in (
+        ("act_pre_scale", "quantize the model without it"),
+        ("act_order", "export as gptq"),
+    ):
+        if part in source.parts:
+            raise ValueError(f"{key} has {part}, which llama.cpp does not apply; {cure}")
 
 
 def _kind_of(source: Int4Source) -> str:
@@ -243,28 +283,26 @@ def _kind_of(source: Int4Source) -> str:
     return "Q4_1" if bool(pairs[..., 1].any()) else "Q4_0"
 
 
-def _blocks_shape(tensor: _Tensor) -> tuple[int, int]:
-    n, k = tensor.shape
-    if k % 32:
-        raise ValueError(
-            f"{tensor.key} has {k} columns, and GGUF has blocks of 32; leave it dense (quantize with "
-            "--skip)"
-        )
-    assert isinstance(tensor.source, Int4Source)
-    return n, k // 32 * (20 if _kind_of(tensor.source) == "Q4_1" else 18)
+def _announce(gguf: Any, writer: Any, tensor: _Tensor) -> None:
+    import numpy as np
+
+    if isinstance(tensor.source, Int4Source):
+        n, k = tensor.shape
+        columns, of_block, _ = KINDS[tensor.kind]
+        raw = getattr(gguf.GGMLQuantizationType, tensor.kind)
+        size = k // columns * of_block
+        writer.add_tensor_info(tensor.name, (n, size), np.dtype(np.uint8), n * size, raw)
+        return
+    dtype = np.dtype(np.float32 if tensor.kind == "F32" else np.float16)
+    count = math.prod(tensor.shape)
+    writer.add_tensor_info(tensor.name, tensor.shape, dtype, count * dtype.itemsize)
 
 
 def _write(writer: Any, tensor: _Tensor) -> Done:
     if isinstance(tensor.source, Int4Source):
-        t = tensor.source.load()
-        value = t.to_groupwise()
+        value = tensor.source.load().to_groupwise()
         try:
-            if t.act_pre_scale is not None:
-                raise ValueError(
-                    "the weight has act_pre_scale (AWQ, SmoothQuant of torchao), which llama.cpp does "
-                    "not apply; quantize the model without it"
-                )
-            blocks, stands_for = gguf_of_groupwise(value, _kind_of(tensor.source))
+            blocks, stands_for = gguf_of_groupwise(value, tensor.kind)
         except ValueError as error:
             raise ValueError(f"{tensor.key}: {error}") from error
         writer.write_tensor_data((blocks if tensor.order is None else blocks[tensor.order]).numpy())
