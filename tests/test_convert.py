@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import onnx
 import onnxruntime
@@ -23,7 +24,7 @@ from tests.foreign_checkpoints import Foreign, foreign, save_foreign
 from tests.hugging_face_models import llama, written
 from tests.test_foreign_gguf import write as write_gguf
 from tests.test_foreign_models import assert_is, change_config, logits, tiny_experts, tiny_llama
-from torchao_int4cpu import Int4OpaqueTensor, import_checkpoints
+from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, import_checkpoints
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.checkpoint.inspect import inspect
 from torchao_int4cpu.checkpoint.safetensors import read_header
@@ -290,6 +291,28 @@ def test_the_rest_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert logits(model).isfinite().all()
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "other"), "--rest", "64"]) == 1
     assert "--rest is for .gguf files" in capsys.readouterr().err
+
+
+def test_a_gguf_file_without_4_bits(tmp_path: Path) -> None:
+    """Refused before anything is written, unless it is to be quantized."""
+    write_gguf(tmp_path / "model.gguf", "Q4_0")
+    dense = tmp_path / "dense.gguf"
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(dense, "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"has no weight in Q4_0, Q4_1 or Q4_K; give --rest"):
+        convert_gguf(dense, tmp_path / "out", nothing)
+    assert not list(tmp_path.glob("out*"))
+    config = Int4WeightOnlyConfig(group_size=32)
+    assert len(convert_gguf(dense, tmp_path / "out", nothing, rest=config).quantized) == 15
 
 
 def test_a_damaged_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,13 @@ def assert_is(model: Any, weights: dict[str, Foreign]) -> None:
         assert float(error.norm()) <= 1.5e-4 * float(weights[name].dense().norm())
 
 
+def assert_loads_again(folder: Path, model: Any, weights: dict[str, Foreign]) -> None:
+    """What was saved of a model is that model."""
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert_is(again, weights)
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.fixture
 def without_importers() -> Iterator[Callable[[], None]]:
     yield lambda: import_checkpoints(False)
@@ -97,9 +104,7 @@ def test_a_checkpoint_is_read_exactly_and_saved_as_ours(
 
     model.save_pretrained(tmp_path / "ours")
     without_importers()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert_is(again, weights)
-    assert torch.equal(logits(again), logits(model))
+    assert_loads_again(tmp_path / "ours", model, weights)
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
 
@@ -118,9 +123,7 @@ def test_act_order(format: str, tmp_path: Path, without_importers: Callable[[], 
 
     model.save_pretrained(tmp_path / "ours")
     without_importers()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert_is(again, weights)
-    assert torch.equal(logits(again), logits(model))
+    assert_loads_again(tmp_path / "ours", model, weights)
 
 
 def test_act_order_of_experts_is_refused(

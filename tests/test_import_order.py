@@ -33,7 +33,16 @@ FLOORS = [
 
 #: The modules of each floor, from the top.
 MODULES = {
-    "format": ["act_order", "groupwise", "layout", "huge_pages", "packed", "slicing", "checks"],
+    "format": [
+        "act_order",
+        "groupwise",
+        "layout",
+        "huge_pages",
+        "packed",
+        "packing",
+        "slicing",
+        "checks",
+    ],
     "algorithms": ["choose_qparams"],
     "kernels.portable": ["prefill", "decode", "dequantize"],
     "kernels.native": ["build", "setup_commands", "library"],
@@ -119,6 +128,7 @@ MODULES = {
         "options",
         "environment",
         "progress",
+        "written",
         "info",
         "demo",
         "bench_model",

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from torchao_int4cpu.commands.options import DTYPES, Commands
-from torchao_int4cpu.commands.quantize import print_tensors
+from torchao_int4cpu.commands.written import bytes_bar, bytes_of, interrupted, print_report
 from torchao_int4cpu.convert.foreign import convert_directory
 from torchao_int4cpu.convert.gguf import convert_gguf
 from torchao_int4cpu.convert.onnx_weights import convert_onnx
-from torchao_int4cpu.convert.shards import Progress, Report
-from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
@@ -64,36 +59,14 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--rest is for .gguf files, and {str(source)!r} is none; leave it out")
         rest = Int4WeightOnlyConfig(group_size=args.rest, int4_choose_qparams_algorithm="mse")
     try:
-        with bar(source) as progress:
+        with bytes_bar(bytes_of(source)) as progress:
             if source.suffix == ".gguf":
                 report = convert_gguf(source, args.out, progress, dtype, rest=rest)
             else:
                 report = convert_directory(source, args.out, progress, dtype)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
-    _print(report, args.out)
+        return interrupted()
+    worst = report.worst
+    rounded = [("SQNR", f"worst {worst.sqnr:.1f} dB ({worst.name})")] if worst.sqnr < math.inf else []
+    print_report(report, args.out, *rounded)
     return 0
-
-
-@contextlib.contextmanager
-def bar(source: Path) -> Iterator[Progress]:
-    """Tensor, bytes, bytes a second and the time that is left; nothing where no one looks."""
-    tqdm = import_extra("tqdm", "hf").tqdm
-    files = [source] if source.is_file() else source.glob("*.safetensors")
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-
-        def show(name: str, done: int) -> None:
-            bar.set_description(name, refresh=not done)
-            bar.update(done)
-
-        yield show
-
-
-def _print(report: Report, out: Path) -> None:
-    print_tensors(report)
-    if report.worst.sqnr < math.inf:
-        print(f"{'SQNR':<18} worst {report.worst.sqnr:.1f} dB ({report.worst.name})")
-    earlier = f", {report.resumed} of an earlier run" if report.resumed else ""
-    print(f"{'written':<18} {out}, {report.shards} files{earlier}")

@@ -7,9 +7,8 @@ import math
 import sys
 from pathlib import Path
 
-from torchao_int4cpu.commands.convert import bar
 from torchao_int4cpu.commands.options import Commands
-from torchao_int4cpu.commands.quantize import print_tensors
+from torchao_int4cpu.commands.written import bytes_bar, bytes_of, interrupted, print_report
 from torchao_int4cpu.convert.export import FORMATS, export_directory
 from torchao_int4cpu.convert.gguf_export import export_gguf
 from torchao_int4cpu.convert.shards import Report
@@ -29,18 +28,17 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, and print what became of the tensors, and what it cost."""
     try:
-        with bar(args.source) as progress:
+        with bytes_bar(bytes_of(args.source)) as progress:
             if args.format == "gguf":
                 report = export_gguf(args.source, args.out, progress)
             else:
                 report = export_directory(args.source, args.out, args.format, progress)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
-    print_tensors(report)
-    print(f"{'zeros':<18} {_cost(report)}")
-    earlier = f", {report.resumed} of an earlier run" if report.resumed else ""
-    print(f"{'written':<18} {args.out}, {report.shards} files{earlier}")
+        if args.format == "gguf":
+            print("interrupted; nothing is written, begin again", file=sys.stderr)
+            return 130
+        return interrupted()
+    print_report(report, args.out, ("zeros", _cost(report)))
     return 0
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.commands.options import DTYPES, Commands
+from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report
 from torchao_int4cpu.convert.directory import quantize_directory
-from torchao_int4cpu.convert.plan import Plan, make_plan
-from torchao_int4cpu.convert.shards import Done, Progress, Report
-from torchao_int4cpu.extras import import_extra
+from torchao_int4cpu.convert.plan import make_plan
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
@@ -61,46 +57,11 @@ def run(args: argparse.Namespace) -> int:
         dtype=dtype,
     )
     try:
-        with _bar(plan) as progress:
+        with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:
             report = quantize_directory(plan, args.out, progress)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
-    _print(report, args.out)
-    return 0
-
-
-@contextlib.contextmanager
-def _bar(plan: Plan) -> Iterator[Progress]:
-    """Tensor, bytes, bytes a second and the time that is left; nothing where no one looks."""
-    tqdm = import_extra("tqdm", "hf").tqdm
-    total = sum(tensor.source.nbytes for tensor in plan.tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-
-        def show(name: str, done: int) -> None:
-            bar.set_description(name, refresh=not done)
-            bar.update(done)
-
-        yield show
-
-
-def print_tensors(report: Report) -> None:
-    """Print how many tensors became what, and their bytes."""
-    print(f"{'4-bit weights':<18} {_line(report.quantized)}")
-    for reason, tensors in report.kept.items():
-        print(f"{'kept':<18} {_line(tensors)}: {reason}")
-    print(f"{'all':<18} {_line(report.tensors)}")
-
-
-def _print(report: Report, out: Path) -> None:
-    print_tensors(report)
+        return interrupted()
     worst = report.worst
-    print(f"{'SQNR':<18} worst {worst.sqnr:.1f} dB ({worst.name}), median {report.median_sqnr:.1f} dB")
-    earlier = f", {report.resumed} of an earlier run" if report.resumed else ""
-    print(f"{'written':<18} {out}, {report.shards} files{earlier}")
-
-
-def _line(tensors: list[Done]) -> str:
-    before = sum(tensor.bytes_before for tensor in tensors)
-    after = sum(tensor.bytes_after for tensor in tensors)
-    return f"{len(tensors):>5}, {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB"
+    quality = f"worst {worst.sqnr:.1f} dB ({worst.name}), median {report.median_sqnr:.1f} dB"
+    print_report(report, args.out, ("SQNR", quality))
+    return 0

@@ -93,6 +93,11 @@ def export_directory(folder: Path, out: Path, format: str, progress: Progress) -
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {name.removesuffix(".weight"): weight.group_size for name, weight in weights.items()}
     groups = {name: groups[name] for name in linear if name in groups}
+    if not groups:
+        raise ValueError(
+            f"{str(folder)!r} has no linear layer in 4 bits, only embeddings, which {format} has "
+            "dense; quantize the layers, too"
+        )
     dense = [name for name in linear if name not in groups]
     how = FORMATS[format]
     ordered = any("act_order" in weight.parts for weight in weights.values())

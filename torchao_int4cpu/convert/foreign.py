@@ -28,11 +28,10 @@ from torchao_int4cpu.convert.plan import (
     set_dtype,
 )
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
-from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.mlx import groupwise_of_mlx
-from torchao_int4cpu.importers.weight import as_weight
+from torchao_int4cpu.importers.weight import as_weight, common_order
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: Why a tensor of such a checkpoint stays dense.
@@ -279,16 +278,11 @@ def _combined(
     Raises:
         ValueError: their columns are in two orders.
     """
-    first = matrices[0]
-    if not all(same_numbers(first.act_order, other.act_order) for other in matrices):
-        raise ValueError(
-            "the experts have their columns in orders of their own (desc_act), and a stack has one for "
-            "all; take a checkpoint with desc_act=false"
-        )
+    order = common_order([matrix.act_order for matrix in matrices])
     codes, scale, zero = (
         combine([getattr(matrix, part) for matrix in matrices]) for part in ("codes", "scale", "zero")
     )
-    return GroupwiseInt4(codes, scale, zero, first.group_size, first.act_order)
+    return GroupwiseInt4(codes, scale, zero, matrices[0].group_size, order)
 
 
 def write_config(model: Any, model_config: Any, entries: dict[str, Any], folder: Path) -> None:

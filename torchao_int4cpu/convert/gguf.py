@@ -19,6 +19,7 @@ from torchao_int4cpu.convert.plan import set_dtype
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.packed import packed_bytes
+from torchao_int4cpu.importers.survey import survey_of_gguf
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -53,6 +54,11 @@ def convert_gguf(
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; give the path of a GGUF file")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    if rest is None and survey_of_gguf(file).read == 0:
+        raise ValueError(
+            f"{str(file)!r} has no weight in Q4_0, Q4_1 or Q4_K; give --rest (rest=...) to quantize "
+            "what it has, or another file"
+        )
     with _damage_named(file):
         model_config = transformers.AutoConfig.from_pretrained(**where)
         set_dtype(model_config, dtype)

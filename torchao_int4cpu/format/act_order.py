@@ -24,7 +24,7 @@ def check_act_order(act_order: Tensor | None, k: int) -> None:
     Raises:
         ValueError: a number is missing.
     """
-    if act_order is None or is_compiling() or not is_real(act_order):
+    if act_order is None or is_compiling() or not _is_real(act_order):
         return
     # `bincount` would allocate as much as a damaged number says.
     if not torch.equal(act_order.sort().values, torch.arange(k, dtype=act_order.dtype)):
@@ -34,7 +34,7 @@ def check_act_order(act_order: Tensor | None, k: int) -> None:
         )
 
 
-def is_real(t: Tensor) -> bool:
+def _is_real(t: Tensor) -> bool:
     """Whether a tensor has numbers, which it may not have on meta or in a trace."""
     return type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from torchao_int4cpu.format.groupwise import CODE_OFFSET, GroupwiseInt4
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -15,6 +18,24 @@ def as_weight(weight: GroupwiseInt4, dtype: torch.dtype) -> Int4OpaqueTensor:
         ValueError: a scale or zero fits neither float16 nor bfloat16.
     """
     return Int4OpaqueTensor.from_groupwise(weight, dtype=dtype, qparams_dtype=qparams_dtype_of(weight))
+
+
+def common_order(orders: Sequence[Tensor | None]) -> Tensor | None:
+    """The order of columns that all experts of a stack have.
+
+    Raises:
+        ValueError: there are two.
+    """
+    first = orders[0]
+    if any((first is None) != (o is None) for o in orders) or not all(
+        first is None or o is None or torch.equal(first, o) for o in orders
+    ):
+        raise ValueError(
+            "the experts have their columns in orders of their own (desc_act), and a stack has one for "
+            "all; take a checkpoint with desc_act=false, or load this one with GPTQModel after "
+            "torchao_int4cpu.import_checkpoints(False)"
+        )
+    return first
 
 
 def qparams_dtype_of(weight: GroupwiseInt4) -> torch.dtype:

@@ -17,12 +17,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.importers.awq import groupwise_of_awq
 from torchao_int4cpu.importers.compressed_tensors import groupwise_of_compressed_tensors
 from torchao_int4cpu.importers.gptq import groupwise_of_gptq
-from torchao_int4cpu.importers.weight import as_weight
+from torchao_int4cpu.importers.weight import as_weight, common_order
 from torchao_int4cpu.importers.words import CODES
 from torchao_int4cpu.integrations.transformers_saving import config_of, int4_groups
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -298,12 +297,7 @@ class ReadExperts(_Reading):
             }
             experts = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
             weights = [self._expert(parts, dtype) for parts in experts]
-            if not all(same_numbers(weights[0].act_order, other.act_order) for other in weights):
-                raise ValueError(
-                    "the experts have their columns in orders of their own (desc_act), and a stack has "
-                    "one for all; take a checkpoint with desc_act=false, or load this one with "
-                    "GPTQModel after torchao_int4cpu.import_checkpoints(False)"
-                )
+            common_order([weight.act_order for weight in weights])
             read[stem + first] = weights
         return read
 

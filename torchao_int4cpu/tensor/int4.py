@@ -9,23 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.format.act_order import check_act_order, out_of_act_order
 from torchao_int4cpu.format.checks import check_parts, check_qparams_dtype, group_size_of
-from torchao_int4cpu.format.groupwise import CODE_OFFSET, QPARAMS_DTYPE, GroupwiseInt4
+from torchao_int4cpu.format.groupwise import QPARAMS_DTYPE, GroupwiseInt4
 from torchao_int4cpu.format.huge_pages import prefer_huge_pages
 from torchao_int4cpu.format.layout import (
     LAYOUTS,
     native_layout,
-    pack,
     padded_shape,
-    unpack,
 )
 from torchao_int4cpu.format.packed import INT4_PARTS, PackedInt4, Part
+from torchao_int4cpu.format.packing import pack_into, unpacked
 from torchao_int4cpu.format.slicing import repack, stacked
 from torchao_int4cpu.kernels.ops.dequantize import traceable_dequantize
 from torchao_int4cpu.tensor.provenance import OWN, Provenance
@@ -165,7 +163,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
         stack = cls.empty(w.shape, group_size, w.dtype)
         for matrix, target in zip(w, stack.matrices()):
             groupwise = choose_qparams(matrix, group_size, int4_choose_qparams_algorithm)
-            _pack_into(target, groupwise)
+            pack_into(target, groupwise)
         return stack
 
     @classmethod
@@ -201,12 +199,12 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             qparams_dtype=qparams_dtype,
         )
         if len(groupwise.shape) == 2:
-            _pack_into(t.packed(), groupwise)
+            pack_into(t.packed(), groupwise)
             return t
         for codes, scale, zero, target in zip(
             groupwise.codes, groupwise.scale, groupwise.zero, t.matrices()
         ):
-            _pack_into(target, GroupwiseInt4(codes, scale, zero, groupwise.group_size))
+            pack_into(target, GroupwiseInt4(codes, scale, zero, groupwise.group_size))
         return t
 
     @classmethod
@@ -248,7 +246,7 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
 
     def to_groupwise(self) -> GroupwiseInt4:
         """Unpack: the exact codes, and scale and zero as stored, in bfloat16 or float16."""
-        matrices = [_unpacked(weight) for weight in self.matrices()]
+        matrices = [unpacked(weight) for weight in self.matrices()]
         if self.ndim == 2:
             return GroupwiseInt4(*matrices[0], self.group_size, self.act_order)
         codes, scale, zero = (torch.stack(parts) for parts in zip(*matrices))
@@ -441,58 +439,3 @@ class Int4OpaqueTensor(TorchAOBaseTensor):  # type: ignore[misc]  # torchao has 
             f"Int4OpaqueTensor({self._quantization_type()},\n"
             f"    device={self.device}, qdata_layout={self.qdata_layout!r}, bytes={data})"
         )
-
-
-def _pack_into(target: PackedInt4, groupwise: GroupwiseInt4) -> None:
-    """Write codes, scales and zeros into the parts of a weight of the same shape, padding included.
-
-    The padding is code 8 with scale and zero 0: weights that are exactly 0.
-    """
-    (padded_n, half_k), (n, k) = target.qdata.shape, groupwise.shape
-    qparams = _stored(groupwise, target.scale_and_zero.dtype)
-    codes = groupwise.codes
-    if (padded_n, half_k * 2) != (n, k):
-        codes = F.pad(codes, (0, half_k * 2 - k, 0, padded_n - n), value=CODE_OFFSET)
-        qparams = F.pad(qparams, (0, 0, 0, padded_n - n))
-    target.qdata.copy_(pack(codes.contiguous(), target.layout))
-    target.scale_and_zero.copy_(qparams)
-
-
-def _stored(groupwise: GroupwiseInt4, dtype: torch.dtype) -> Tensor:
-    """Pairs of scale and zero of a matrix, ``[G, N, 2]`` in ``dtype``.
-
-    Raises:
-        ValueError: one is too large for it, or float16 would move a weight too far.
-    """
-    exact = torch.stack([groupwise.scale.t(), groupwise.zero.t()], dim=-1)
-    if exact.dtype == dtype:
-        return exact
-    stored = exact.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
-        name = str(dtype).removeprefix("torch.")
-        other = "" if dtype == torch.bfloat16 else ", or store them with qparams_dtype=torch.bfloat16"
-        raise ValueError(
-            f"scale or zero does not fit {name} ({torch.finfo(dtype).max:.3g} at most); divide the "
-            f"weight by a constant{other}"
-        )
-    if dtype == torch.float16:
-        # Half a step of a normal float16 is 2^-11 of the number, so only smaller numbers can fail.
-        exact = exact.double()
-        moved, largest = (
-            CODE_OFFSET * part[..., 0] + part[..., 1] for part in ((stored - exact).abs(), exact.abs())
-        )
-        if bool((moved > 2.0**-11 * largest).any()):
-            raise ValueError(
-                "scale and zero of a group are too small for float16, which would move a weight by "
-                f"{float((moved / largest).nan_to_num().max()):.1e} of the largest in its group (2^-11 "
-                "at most); store them with qparams_dtype=torch.bfloat16, or multiply the weight by a "
-                "constant"
-            )
-    return stored
-
-
-def _unpacked(weight: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[N, K]``, scale and zero ``[N, G]``."""
-    codes = unpack(weight.qdata, weight.layout)[: weight.n, : weight.k].contiguous()
-    scale, zero = weight.scale_and_zero[:, : weight.n].permute(2, 1, 0).contiguous()
-    return codes, scale, zero
