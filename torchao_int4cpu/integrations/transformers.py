@@ -33,11 +33,10 @@ QUANTIZER_MODULE = "transformers.quantizers.quantizer_torchao"
 
 
 def _patch(module: ModuleType) -> None:
-    """Wrap two methods and a property of ``TorchAoHfQuantizer``, once."""
+    """Wrap methods and a property of ``TorchAoHfQuantizer``, once."""
     quantizer = module.TorchAoHfQuantizer
     after_loading = quantizer._process_model_after_weight_loading
     before_saving = quantizer.get_state_dict_and_metadata
-    names_of_parts = quantizer.serialized_names.fget
     if hasattr(after_loading, "torchao_int4cpu"):
         return
 
@@ -56,15 +55,43 @@ def _patch(module: ModuleType) -> None:
         _drop_second_copies(model, state, metadata)
         return state, metadata
 
+    load.torchao_int4cpu = True  # type: ignore[attr-defined]
+    quantizer._process_model_after_weight_loading = load
+    quantizer.get_state_dict_and_metadata = save
+    if hasattr(quantizer, "serialized_names"):
+        _name_the_order(quantizer)
+    else:
+        _name_the_order_in_conversions(quantizer)
+
+
+def _name_the_order(quantizer: Any) -> None:
+    """Add the part to the list of transformers 5.24."""
+    names_of_parts = quantizer.serialized_names.fget
+
     @functools.wraps(names_of_parts)
     def serialized_names(self: Any) -> dict[str, list[str]]:
         found = names_of_parts(self)
         return {name: [*parts, f"_{name}_act_order"] for name, parts in found.items()}
 
-    load.torchao_int4cpu = True  # type: ignore[attr-defined]
-    quantizer._process_model_after_weight_loading = load
-    quantizer.get_state_dict_and_metadata = save
     quantizer.serialized_names = property(serialized_names)
+
+
+def _name_the_order_in_conversions(quantizer: Any) -> None:
+    """Add it to those of transformers 5.16, which are in the conversions themselves."""
+    conversions = quantizer.get_weight_conversions
+
+    @functools.wraps(conversions)
+    def get_weight_conversions(self: Any) -> list[Any]:
+        return [
+            type(each)(
+                source_patterns=[*each.source_patterns, f"_{each.target_patterns[0]}_act_order"],
+                target_patterns=each.target_patterns,
+                operations=each.operations,
+            )
+            for each in conversions(self)
+        ]
+
+    quantizer.get_weight_conversions = get_weight_conversions
 
 
 def _initialize_buffers(model: Any) -> None:

@@ -119,6 +119,12 @@ class ImportingQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.check_model(model.config)
+        stacks = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+        if stacks and not hasattr(HfQuantizer, "get_load_operations"):  # 5.16 has not, 5.24 has
+            raise ValueError(
+                f"{stacks[0]} is a stack of experts, which the installed transformers cannot read "
+                "in 4 bits; install 5.24 or newer, or use the command convert"
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return hand_over(self, model, **kwargs)
