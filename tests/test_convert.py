@@ -403,7 +403,33 @@ def test_a_damaged_onnx_file(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_inspect_says_what_of_an_onnx_file_is_kept(
+    symmetric: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx_of(foreign(torch.randn(48, 96), 32, symmetric), tmp_path / "model.onnx", symmetric)
+    model = onnx.load(tmp_path / "model.onnx")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "norm"))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert cli.main(["inspect", str(tmp_path / "model.onnx")]) == 0
+    printed = capsys.readouterr().out
+    assert "format         ONNX, read by the command convert\n" in printed
+    assert "4-bit weights  1, once it is converted or loaded\nother tensors  1 dense\n" in printed
+    assert "lost           the graph and its dense tensors" in printed
+    assert ("lost           zeros are rounded" in printed) is not symmetric
+
+
+def test_inspect_promises_nothing_of_an_onnx_file_in_8_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx_of(foreign(torch.randn(48, 96), 32, True), tmp_path / "model.onnx", True, bits=8)
+    assert cli.main(["inspect", str(tmp_path / "model.onnx")]) == 1
+    assert "a MatMulNBits of 8 bits; only those of 4" in capsys.readouterr().err
+
+
 def test_no_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     assert cli.main(["convert", str(tmp_path / "model.onnx"), str(tmp_path / "out")]) == 1
+    assert "cannot be read as ONNX" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "model.onnx")]) == 1
     assert "cannot be read as ONNX" in capsys.readouterr().err

@@ -150,6 +150,7 @@ def test_inspect_says_what_of_a_file_is_kept(
     assert (
         "4-bit weights  14, once it is converted or loaded\nother tensors  5 F32, 1 Q8_0\n" in printed
     )
+    assert f"lost           {'nothing' if kind == 'Q4_0' else f'{kind}: zeros are rounded'}" in printed
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     assert cli.main(["inspect", str(tmp_path / "model.gguf")]) == 1
     assert "is no whole GGUF file" in capsys.readouterr().err

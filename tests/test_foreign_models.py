@@ -335,14 +335,27 @@ def test_inspect_promises_nothing_of_other_bits(
     assert "from_pretrained" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("format", [*FORMATS, "mlx"])
 def test_inspect_says_what_becomes_4_bit(
-    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    format: str, symmetric: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_foreign(tmp_path, tiny_llama(), format)
+    save_foreign(tmp_path, tiny_llama(), format, 32, symmetric)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     name = {"gptq_v2": "gptq", "mlx": "MLX"}.get(format, format)
     assert f"format         {name}, read by the command convert" in printed
     assert ("and by transformers' from_pretrained" in printed) == (format != "mlx")
     assert "4-bit weights  14, once it is converted or loaded\nother tensors  7 dense\n" in printed
+    exact = symmetric and format in ("gptq", "gptq_v2", "compressed-tensors")
+    assert ("lost           nothing: codes" in printed) == exact
+    assert ("lost           zeros are rounded to float16, which moves weights" in printed) != exact
+
+
+def test_inspect_says_that_keys_and_values_are_not_rounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_foreign(tmp_path, tiny_llama(), "compressed-tensors", 32, True)
+    change_config(tmp_path, kv_cache_scheme={"num_bits": 8})
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "lost           kv_cache_scheme: keys and values" in capsys.readouterr().out

@@ -68,12 +68,18 @@ COUNTS = {
     "pt-views": 228,
     "pt-late-views": 72,
     "safetensors-stacks": 270,
+    "foreign-truncated": 1055,
+    "foreign-flipped": 540,
+    "foreign-overwritten": 216,
+    "foreign-swapped": 108,
+    "foreign-parts": 756,
+    "foreign-exchanged": 72,
 }
 AT_LEAST = ("pt-attached", "safetensors-relabelled")
 
 #: Families of which no file can be kept, and one of which all must be.
 ALL_REFUSED = (
-    *("pt-truncated", "safetensors-truncated"),
+    *("pt-truncated", "safetensors-truncated", "foreign-truncated"),
     *("safetensors-entries", "safetensors-relabelled", "safetensors-headers"),
 )
 ALL_KEPT = ("pt-late",)

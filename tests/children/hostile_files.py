@@ -37,6 +37,7 @@ from torchao.prototype.safetensors.safetensors_support import (
 
 import torchao_int4cpu
 from tests.corruptions import EITHER, FAMILIES, KEPT, RAW_PT, REFUSED, SIZES, Case
+from tests.corruptions.foreign import READERS, good_parts, written
 from tests.numerics import (
     assert_product,
     packed_in,
@@ -47,6 +48,7 @@ from tests.whole_weight import M_ARENA_MAX, Weight, _checked, _libc, check_whole
 from torchao_int4cpu import Int4OpaqueTensor, set_kernel
 from torchao_int4cpu.format.layout import LAYOUTS, layout_named
 from torchao_int4cpu.format.packed import PackedInt4
+from torchao_int4cpu.importers.weight import as_weight
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor
 
 #: Bytes that a child may map beyond what it has before the first file, and that no file has.
@@ -80,11 +82,22 @@ def _safetensors(path: Path) -> object:
     return unflatten_tensor_state_dict(tensors, metadata)[0]
 
 
+def _foreign(path: Path) -> object:
+    """The weight of another tool that a file has, whose keys begin with the format."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+        (format,) = {key.partition("/")[0] for key in keys}
+        parts = {key.partition("/")[2]: file.get_tensor(key) for key in keys}
+    return as_weight(READERS[format](**parts), torch.float16)
+
+
 RESTRICTED = {"weights_only": _torch(True, False), "weights_only, mmap": _torch(True, True)}
 UNRESTRICTED = {"pickle": _torch(False, False), "pickle, mmap": _torch(False, True)}
 
 
 def roads(family: str) -> Mapping[str, Road]:
+    if family.startswith("foreign"):
+        return {"foreign": _foreign}
     if family.startswith("safetensors"):
         return {"safetensors": _safetensors}
     if family.startswith("pt-legacy"):  # cannot be mapped
@@ -314,6 +327,10 @@ def warm_up(folder: Path) -> None:
             for road in roads(family).values():
                 assert load(case, road, folder / name, repacked=True) == KEPT
                 _checked.clear()
+    for format, parts in good_parts().items():
+        good = Case("good", written(format, parts), KEPT)
+        assert load(good, _foreign, folder / "foreign", repacked=True) == KEPT
+        _checked.clear()
     op_call(0)
 
 

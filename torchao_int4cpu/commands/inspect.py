@@ -9,7 +9,10 @@ from pathlib import Path
 from torchao_int4cpu.checkpoint.inspect import Contents, Weight, inspect
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.format.layout import native_layout
-from torchao_int4cpu.importers.survey import Survey, survey_of_directory, survey_of_gguf
+from torchao_int4cpu.importers.survey import Survey, survey_of_directory, survey_of_gguf, survey_of_onnx
+
+#: By the end of the name, of files of other tools.
+_SURVEYS = {".gguf": survey_of_gguf, ".onnx": survey_of_onnx}
 
 
 def add_to(commands: Commands) -> None:
@@ -23,19 +26,20 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found."""
-    if args.path.suffix == ".gguf" and args.path.is_file():
+    if args.path.suffix in _SURVEYS and args.path.is_file():
+        survey = _SURVEYS[args.path.suffix](args.path)
         print(f"{'files':<14} 1, {_size([args.path])}")
-        _print_survey(survey_of_gguf(args.path))
+        _print_survey(survey)
         return 0
     contents = inspect(args.path, verify=args.verify)
     print(f"{'files':<14} {len(contents.files)}, {_size(contents.files)}")
     if contents.quantization is not None:
         print(f"{'config.json':<14} {_quantization(contents.quantization)}")
-    survey = survey_of_directory(contents.quantization, [tensor.key for tensor in contents.others])
-    if survey is None:
+    found = survey_of_directory(contents.quantization, [tensor.key for tensor in contents.others])
+    if found is None:
         _print_weights(contents)
     else:
-        _print_survey(survey)
+        _print_survey(found)
     if args.tensors:
         _print_tensors(contents)
     if args.verify:
@@ -65,11 +69,13 @@ def _print_weights(contents: Contents) -> None:
 def _print_survey(survey: Survey) -> None:
     others = ", ".join(f"{count} {what}" for what, count in survey.others.items())
     by = "the command convert"
-    if survey.format != "MLX":
+    if survey.format not in ("MLX", "ONNX"):
         by += ", and by transformers' from_pretrained beside this package"
     print(f"{'format':<14} {survey.format}, read by {by}")
     print(f"{'4-bit weights':<14} {survey.read}, once it is converted or loaded")
     print(f"{'other tensors':<14} {others or 'none'}")
+    for line in survey.lost or ["nothing: codes, scales and zeros stay what they are"]:
+        print(f"{'lost':<14} {line}")
 
 
 def _kind(weight: Weight) -> tuple[int, str, str, str]:

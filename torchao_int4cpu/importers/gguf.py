@@ -44,10 +44,10 @@ def groupwise_of_gguf(blocks: Tensor, kind: str, k: int) -> GroupwiseInt4:
             "dequantize it, and keep it dense or quantize it"
         )
     columns, size, read = KINDS[kind]
-    if k % columns != 0 or blocks.ndim != 2:
+    if k < 1 or k % columns != 0 or blocks.ndim != 2 or len(blocks) == 0:
         raise ValueError(
-            f"got {kind} blocks of shape {list(blocks.shape)} for {k} columns; they must be "
-            f"[N, bytes], and the columns a multiple of {columns}, so the file is damaged"
+            f"got {kind} blocks of shape {list(blocks.shape)} for {k} columns; they must be [N, bytes] "
+            f"with a row or more, and the columns a multiple of {columns}, so the file is damaged"
         )
     check_part("blocks", blocks, (torch.uint8,), (blocks.shape[0], k // columns * size))
     codes, scale, zero = read(blocks.reshape(blocks.shape[0], -1, size))
