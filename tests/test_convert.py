@@ -39,11 +39,11 @@ def nothing(name: str, done: int) -> None:
     """No progress is shown."""
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """Without the importers: the directory is one of ours."""
     import_checkpoints(False)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     finally:
         import_checkpoints(True)
 
