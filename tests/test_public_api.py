@@ -12,12 +12,15 @@ from tests.processes import run_child
 
 def test_public_names() -> None:
     assert sorted(torchao_int4cpu.__all__) == [
+        "Calibration",
+        "GPTQConfig",
         "GroupwiseInt4",
         "Int4OpaqueTensor",
         "Int4TransposedTensor",
         "Int4WeightOnlyConfig",
         "SUPPORTED_OPS",
         "__version__",
+        "calibrate",
         "filter_fn",
         "get_activations",
         "get_kernel",

@@ -6,6 +6,8 @@ loadable. The names in ``__all__`` are the public ones.
 
 # These are imported for what they register.
 from torchao_int4cpu import dispatch, integrations
+from torchao_int4cpu.calibration.calibrate import Calibration, calibrate
+from torchao_int4cpu.calibration.config import GPTQConfig
 from torchao_int4cpu.checkpoint import pickles, safetensors
 from torchao_int4cpu.dispatch.entry import SUPPORTED_OPS
 from torchao_int4cpu.distributed import collectives, ddp, fsdp, shared_memory
@@ -22,11 +24,14 @@ from torchao_int4cpu.version import __version__, warn_of_untested
 
 __all__ = [
     "SUPPORTED_OPS",
+    "Calibration",
+    "GPTQConfig",
     "GroupwiseInt4",
     "Int4OpaqueTensor",
     "Int4TransposedTensor",
     "Int4WeightOnlyConfig",
     "__version__",
+    "calibrate",
     "filter_fn",
     "get_activations",
     "get_kernel",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchao_int4cpu.commands import bench, convert, demo, export, info, inspect, quantize
+from torchao_int4cpu.commands import bench, compare, convert, demo, export, info, inspect, quantize
 from torchao_int4cpu.extras import MissingExtra
 
 #: The script that an installation puts on the path.
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         description="4-bit weights on the CPU.",
     )
     commands = made.add_subparsers(required=True, metavar="COMMAND")
-    for command in (demo, bench, info, quantize, convert, export, inspect):
+    for command in (demo, bench, info, quantize, compare, convert, export, inspect):
         command.add_to(commands)
     return made
 

@@ -161,8 +161,13 @@ class _Fit(NamedTuple):
     zero: Tensor  # [R, 1], likewise
 
 
-def mse(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mse(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares: the (scale, zero) of each group with the smallest squared error we find.
+
+    Args:
+        groups: ``[R, g]``.
+        importance: float32 ``[g]``, what the squared error of each column counts, positive; all the
+            same if None.
 
     Both ends of the range are pulled in by `MSE_RANGE_FRACTIONS`, each against each. For given codes
     ``q`` (centred, -8..7) the best scale is ``cov(q, w) / var(q)``, and the best zero
@@ -171,7 +176,16 @@ def mse(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers really have.
     """
     w = groups.float()
-    mean = w.mean(1, keepdim=True)
+
+    def total(t: Tensor) -> Tensor:  # overwrites it
+        return (t if importance is None else t.mul_(importance)).sum(1, keepdim=True)
+
+    def average(t: Tensor) -> Tensor:
+        if importance is None:
+            return t.mean(1, keepdim=True)
+        return (t * importance).sum(1, keepdim=True) / importance.sum()
+
+    mean = average(w)
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     centre, half = low / 2 + high / 2, high / 2 - low / 2  # halves first: the sum may overflow
     # All values equal: no range to divide, so let the scale carry what bfloat16 cuts off the value.
@@ -181,14 +195,14 @@ def mse(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return w.sub(zero).div_(scale).round_().clamp_(-CODE_OFFSET, 15 - CODE_OFFSET)
 
     def measure(codes: Tensor, scale: Tensor, zero: Tensor) -> _Fit:
-        error = codes.mul(scale).add_(zero).sub_(w).square_().sum(1, keepdim=True)
+        error = total(codes.mul(scale).add_(zero).sub_(w).square_())
         return _Fit(error, scale, zero)
 
     def refit(codes: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-        code_mean = codes.mean(1, keepdim=True)
+        code_mean = average(codes)
         centred = codes - code_mean
-        covariance = (centred * w).sum(1, keepdim=True)
-        scale = _stored(covariance / centred.square_().sum(1, keepdim=True))
+        covariance = total(centred * w)
+        scale = _stored(covariance / total(centred.square_()))
         usable = torch.isfinite(scale) & (scale >= MSE_MIN_SCALE)  # not if all codes are equal
         scale = torch.where(usable, scale, fallback)
         return scale, _stored(mean - scale * code_mean)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
+from torchao_int4cpu.calibration.blocks import Batch
+from torchao_int4cpu.calibration.calibrate import Calibration
+from torchao_int4cpu.calibration.store import Store
+from torchao_int4cpu.calibration.targets import CalibratedWeight
 from torchao_int4cpu.commands.options import DTYPES, Commands
-from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report
+from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report, steps_bar
+from torchao_int4cpu.convert.calibrated import calibrate_directory
 from torchao_int4cpu.convert.directory import quantize_directory
-from torchao_int4cpu.convert.plan import make_plan
+from torchao_int4cpu.convert.plan import Plan, make_plan
+from torchao_int4cpu.convert.text import batches_of, length_of, read_text, sequences, tokenizer_of
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+
+#: The algorithm that looks at the inputs of a weight.
+GPTQ = "gptq"
 
 
 def add_to(commands: Commands) -> None:
@@ -22,7 +33,19 @@ def add_to(commands: Commands) -> None:
     command.add_argument("source", type=Path, metavar="SRC", help="directory with safetensors files")
     command.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     command.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES)
-    command.add_argument("--algorithm", default="mse", choices=sorted(ALGORITHMS))
+    command.add_argument(
+        "--algorithm",
+        default="mse",
+        choices=sorted([*ALGORITHMS, GPTQ]),
+        help=f"{GPTQ} is the best, needs --calibration, and minutes",
+    )
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text like that the model is used on: .txt, or .jsonl with 'text' in each line",
+    )
+    command.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
     command.add_argument(
         "--skip",
         action="append",
@@ -44,8 +67,15 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print what became of the tensors."""
+    calibrates = args.algorithm == GPTQ
+    if calibrates != (args.calibration is not None):
+        raise ValueError(
+            f"--algorithm {args.algorithm} {'needs' if calibrates else 'takes no'} --calibration; "
+            f"{'give a text file' if calibrates else f'choose --algorithm {GPTQ}, or leave it out'}"
+        )
     config = Int4WeightOnlyConfig(
-        group_size=args.group_size, int4_choose_qparams_algorithm=args.algorithm
+        group_size=args.group_size,
+        int4_choose_qparams_algorithm="mse" if calibrates else args.algorithm,
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
     plan = make_plan(
@@ -56,12 +86,39 @@ def run(args: argparse.Namespace) -> int:
         embeddings=args.embeddings,
         dtype=dtype,
     )
+    if args.out.exists():
+        raise ValueError(
+            f"{str(args.out)!r} is there already; give a directory that is not, or remove it"
+        )
+    folder = args.out.with_name(args.out.name + ".calibration")
+    told: list[CalibratedWeight] = []
+    store: Store | None = None
+
+    def known(name: str) -> Int4OpaqueTensor | None:
+        found = None if store is None else store.find(name)
+        return None if found is None else found[0]
+
     try:
+        if calibrates:
+            batches = _batches(plan, args.calibration, args.tokens)
+            with steps_bar() as tell:
+                store, told = calibrate_directory(plan, batches, folder, tell)
         with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:
-            report = quantize_directory(plan, args.out, progress)
+            report = quantize_directory(plan, args.out, progress, known)
     except KeyboardInterrupt:
         return interrupted()
     worst = report.worst
     quality = f"worst {worst.sqnr:.1f} dB ({worst.name}), median {report.median_sqnr:.1f} dB"
-    print_report(report, args.out, ("SQNR", quality))
+    lines = [("SQNR", quality)]
+    if calibrates:
+        lines += [("calibrated", line) for line in str(Calibration(told)).splitlines()]
+        shutil.rmtree(folder)
+    print_report(report, args.out, *lines)
     return 0
+
+
+def _batches(plan: Plan, file: Path, tokens: int) -> list[Batch]:
+    text = read_text(file)
+    tokenizer = tokenizer_of(plan.folder)
+    ids = sequences(text, tokenizer, tokens, length_of(plan.model_config))
+    return list(batches_of(ids, plan.model_config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ WEIGHT_FILES = (
 )
 
 
-def quantize_directory(plan: Plan, out: Path, progress: Progress) -> Report:
+#: Gives a 4-bit weight of a name, if it was calibrated.
+Calibrated = Callable[[str], Int4OpaqueTensor | None]
+
+
+def quantize_directory(
+    plan: Plan, out: Path, progress: Progress, calibrated: Calibrated = lambda name: None
+) -> Report:
     """Carry a plan out.
 
     Args:
@@ -45,6 +51,7 @@ def quantize_directory(plan: Plan, out: Path, progress: Progress) -> Report:
             other file of the source. `from_pretrained` of it equals, bit for bit, `from_pretrained` of
             the source with the same config.
         progress: told of each tensor.
+        calibrated: weights that are not to be rounded by the config's algorithm.
 
     Raises:
         ValueError: as `write_directory`, or a weight has NaN or infinite values.
@@ -59,7 +66,7 @@ def quantize_directory(plan: Plan, out: Path, progress: Progress) -> Report:
     files = sorted({tensor.source.file for tensor in plan.tensors})
     largest = max(tensor.source.nbytes for tensor in plan.tensors)
     settings = settings_of(files, config=config, tensors=[tensor.name for tensor in plan.tensors])
-    return write_directory(_items(plan), out, settings, finish, progress, largest=largest)
+    return write_directory(_items(plan, calibrated), out, settings, finish, progress, largest=largest)
 
 
 def sqnr(w: Tensor, value: GroupwiseInt4) -> float:
@@ -76,19 +83,25 @@ def sqnr(w: Tensor, value: GroupwiseInt4) -> float:
     return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
-def _items(plan: Plan) -> Iterator[Item]:
+def _items(plan: Plan, calibrated: Calibrated) -> Iterator[Item]:
     for tensor in plan.tensors:
         shape = tensor.source.shape
         size = math.prod(shape) * tensor.dtype.itemsize
         if not tensor.kept:
             size = packed_bytes(shape, plan.config.group_size)
-        make = functools.partial(_make, plan, tensor)
+        make = functools.partial(_make, plan, tensor, calibrated)
         yield Item(tensor.name, tensor.source.nbytes, size, tensor.kept, make)
 
 
-def _make(plan: Plan, tensor: Planned) -> tuple[Tensor, float]:
+def _make(plan: Plan, tensor: Planned, calibrated: Calibrated) -> tuple[Tensor, float]:
     data = read(tensor.source).to(tensor.dtype)
-    return (data, math.inf) if tensor.kept else _quantize(plan, tensor, data)
+    if tensor.kept:
+        return data, math.inf
+    known = calibrated(tensor.name)
+    if known is None:
+        return _quantize(plan, tensor, data)
+    value = known.to_groupwise()
+    return Int4OpaqueTensor.from_groupwise(value, dtype=tensor.dtype), sqnr(data, value)
 
 
 def read(source: Source) -> Tensor:

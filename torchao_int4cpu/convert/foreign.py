@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torchao_int4cpu.convert.plan import (
     Names,
     dtype_of_model,
     empty_model,
+    expert_number,
     set_dtype,
 )
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
@@ -171,7 +171,7 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
             if pattern is None:
                 yield _int4_item(model, names.held, format, key, name, parts, dtype)
             else:
-                stacks.setdefault(name, {}).setdefault(pattern, {})[_expert(pattern, key)] = parts
+                stacks.setdefault(name, {}).setdefault(pattern, {})[expert_number(pattern, key)] = parts
     for name, experts in stacks.items():
         yield _stack_item(names, format, name, experts, dtype)
 
@@ -226,17 +226,6 @@ def _int4_item(
 
 def _groupwise(format: _Format, parts: dict[str, Source], k: int) -> GroupwiseInt4:
     return format.read({part: read(source) for part, source in parts.items()}, k)
-
-
-def _expert(pattern: str, key: str) -> int:
-    """The number for which a pattern of transformers has a star."""
-    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-    if found is None or not found.groups():
-        raise ValueError(
-            f"{key} is put together with other tensors by transformers, and is no expert by its name; "
-            "load the model with from_pretrained beside this package, and save_pretrained it"
-        )
-    return int(found[1])
 
 
 def _stack_item(

@@ -295,6 +295,21 @@ class Names:
         return found
 
 
+def expert_number(pattern: str, key: str) -> int:
+    """The number for which a pattern of transformers has a star.
+
+    Raises:
+        ValueError: the name has none there.
+    """
+    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    if found is None or not found.groups():
+        raise ValueError(
+            f"{key} is put together with other tensors by transformers, and is no expert by its name; "
+            "load the model with from_pretrained beside this package, and save_pretrained it"
+        )
+    return int(found[1])
+
+
 def _planned(
     model: Any,
     quantizer: Any,

@@ -6,7 +6,10 @@ they share.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -48,7 +51,7 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
             The message names it and what was done before it.
     """
     run = current_run()
-    if run is not None:
+    if run is not None and _chosen.get() is None:
         run.begin()
     obstacle = obstacles.of_computed(module, parameter_name)
     if obstacle is not None:
@@ -64,6 +67,11 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
     obstacle = _obstacle(run, module, parameter_name, weight, group_size)
     if obstacle is not None:
         return _leave(module, parameter_name, obstacle)
+    chosen = _chosen.get()
+    if chosen is not None:
+        name = name_of(module, parameter_name)
+        chosen.append(ChosenWeight(module, parameter_name, name, weight, group_size, str(algorithm)))
+        return True
     if is_sharded(weight):
         return _quantize_shard(module, parameter_name, weight, group_size, algorithm)
     recipe = _Recipe(group_size, str(algorithm), _writes(weight))
@@ -78,9 +86,39 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
             shared = nn.Parameter(quantized, requires_grad=False)
         _REPLACED[weight] = _Replacement(recipe, weakref.ref(shared), _writes(shared))
     _replace(module, parameter_name, shared)
+    show_in_repr(module)
+    return True
+
+
+def show_in_repr(module: nn.Module) -> None:
+    """Have the repr of a module tell of its 4-bit weights."""
     if not isinstance(module.extra_repr, ExtraRepr):
         module.extra_repr = ExtraRepr(module)  # type: ignore[method-assign]
-    return True
+
+
+class ChosenWeight(NamedTuple):
+    """A weight that a config would make 4-bit, with what the config says of it."""
+
+    module: nn.Module
+    parameter_name: str
+    name: str
+    weight: Tensor
+    group_size: int
+    algorithm: str
+
+
+_chosen: ContextVar[list[ChosenWeight] | None] = ContextVar("chosen weights", default=None)
+
+
+@contextlib.contextmanager
+def choosing_only() -> Iterator[list[ChosenWeight]]:
+    """Within this block `quantize_` changes nothing: what it would have made 4-bit is in the list."""
+    found: list[ChosenWeight] = []
+    token = _chosen.set(found)
+    try:
+        yield found
+    finally:
+        _chosen.reset(token)
 
 
 def _quantize_shard(

@@ -1,0 +1,429 @@
+"""`calibrate`: what each weight sees, block by block; what is refused; and going on with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchao.quantization import FqnToConfig, quantize_
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.hugging_face_models import llama
+from torchao_int4cpu import (
+    GPTQConfig,
+    Int4OpaqueTensor,
+    Int4TransposedTensor,
+    Int4WeightOnlyConfig,
+    calibrate,
+    filter_fn,
+)
+from torchao_int4cpu.algorithms.gptq import gptq
+from torchao_int4cpu.algorithms.hessian import Hessian
+
+CONFIG = Int4WeightOnlyConfig(group_size=32)
+
+
+class Block(nn.Module):
+    """A residual block; the argument ``shift`` is another for each."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+        self.number: int = number
+
+    def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
+        found: Tensor = x + self.down(torch.relu(self.up(x) + shift))
+        return found
+
+
+class Blocks(nn.Module):
+    """A few of them, between two linear layers."""
+
+    def __init__(self, count: int = 2) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.blocks = nn.ModuleList(Block(number) for number in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block(x, shift=torch.tensor(0.1) * block.number)
+        found: Tensor = self.last(x)
+        return found
+
+
+def blocks(count: int = 2) -> Blocks:
+    torch.manual_seed(0)
+    return Blocks(count).eval()
+
+
+def batches(count: int = 4, width: int = 32, rows: int = 60) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(width, width, generator=generator)
+    return [torch.randn(2, rows, width, generator=generator) @ mix for _ in range(count)]
+
+
+def by_hand(layer: nn.Linear, inputs: list[Tensor]) -> None:
+    """Quantize a layer for these inputs."""
+    hessian = Hessian(layer.in_features)
+    for x in inputs:
+        rows = x.reshape(-1, x.shape[-1])
+        hessian.add(rows.t() @ rows, len(rows))
+    value = gptq(layer.weight, hessian, 32).value
+    layer.weight = nn.Parameter(Int4OpaqueTensor.from_groupwise(value, dtype=torch.float32), False)
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    """All 4-bit weights, bit for bit; there are some."""
+    found = {n: p for n, p in model.named_parameters() if isinstance(p, Int4OpaqueTensor)}
+    expected = {n: p for n, p in other.named_parameters() if isinstance(p, Int4OpaqueTensor)}
+    assert found.keys() == expected.keys() != set()
+    for name, weight in found.items():
+        assert torch.equal(weight.qdata, expected[name].qdata), name
+        assert torch.equal(weight.scale_and_zero, expected[name].scale_and_zero), name
+
+
+# --- what a weight sees -------------------------------------------------------------------------
+
+
+def test_two_blocks_equal_doing_it_by_hand() -> None:
+    """Layers within a block see what its float ones give, later blocks what the 4-bit ones give."""
+    model, expected = blocks(), blocks()
+    told = calibrate(model, batches(), CONFIG, progress=False)
+    with torch.no_grad():
+        by_hand(expected.first, batches())
+        hidden = [expected.first(x) for x in batches()]
+        for block in expected.blocks:
+            assert isinstance(block, Block)
+            shift = torch.tensor(0.1) * block.number
+            middle = [torch.relu(block.up(x) + shift) for x in hidden]
+            by_hand(block.up, hidden)
+            by_hand(block.down, middle)
+            hidden = [block(x, shift=shift) for x in hidden]
+        by_hand(expected.last, hidden)
+    assert_same(model, expected)
+    assert [(w.name, w.rows, w.rounded) for w in told.weights] == [
+        (name, 480, "")
+        for name in (
+            "first.weight",
+            *(f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("up", "down")),
+            "last.weight",
+        )
+    ]
+
+
+def test_not_sequential_is_observing_the_float_model() -> None:
+    """And so are the two steps of `quantize_`."""
+    model, expected = blocks(), blocks()
+    calibrate(model, batches(), CONFIG, sequential=False, progress=False)
+    quantize_(expected, GPTQConfig("observe", CONFIG))
+    assert type(expected.last.weight) is nn.Parameter
+    with torch.no_grad():
+        for x in batches():
+            expected(x)
+    quantize_(expected, GPTQConfig("convert", CONFIG))
+    assert_same(model, expected)
+    sequential = blocks()
+    calibrate(sequential, batches(), CONFIG, progress=False)
+    with pytest.raises(AssertionError, match=r"blocks|last"):
+        assert_same(sequential, expected)
+
+
+def loss(model: nn.Module, reference: nn.Module, x: Any) -> float:
+    """Relative error of what a model returns."""
+
+    def output(of: Any) -> Tensor:
+        with torch.no_grad():
+            result = of(**x) if isinstance(x, dict) else of(x)
+        found = result if isinstance(result, Tensor) else result[0]
+        return found.double()
+
+    return float((output(model) - output(reference)).norm() / output(reference).norm())
+
+
+def tokens(count: int, length: int = 40, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(0, 64, (2, length), generator=generator)} for _ in range(count)]
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 64}
+    return BertModel(BertConfig(**sizes, num_attention_heads=4)).eval()
+
+
+def gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=64)).eval()
+
+
+def t5() -> Any:
+    sizes = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
+    return T5ForConditionalGeneration(T5Config(**sizes)).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: llama(num_hidden_layers=3), bert, gpt2, t5])
+def test_models_of_transformers(make: Callable[[], Any]) -> None:
+    """All weights are reached, and outputs are nearer than rounding has them; also unseen ones."""
+    torch.manual_seed(0)
+    model = make()
+    rounded, reference = copy.deepcopy(model), copy.deepcopy(model)
+    config = model.config
+    seen, unseen = tokens(24), tokens(1, seed=9)[0]
+    if config.is_encoder_decoder:
+        for batch in (*seen, unseen):
+            batch["decoder_input_ids"] = batch["input_ids"][:, :20]
+    config.use_cache = cached = True
+    told = calibrate(model, seen, CONFIG, filter_fn=filter_fn, progress=False)
+    quantize_(rounded, Int4WeightOnlyConfig(32, int4_choose_qparams_algorithm="mse"), filter_fn)
+    assert config.use_cache is cached
+    left = [weight for weight in told.rounded if "pooler" not in weight.name]
+    assert left == []
+    kinds = (Int4OpaqueTensor, Int4TransposedTensor)
+    count = sum(isinstance(p, kinds) for p in rounded.parameters())
+    assert count == sum(isinstance(p, kinds) for p in model.parameters()) >= 12
+    assert loss(model, reference, unseen) < 0.95 * loss(rounded, reference, unseen)
+
+
+def moe() -> Any:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=8, num_experts_per_tok=2)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_have_inputs_of_their_own(implementation: str) -> None:
+    """The rows of the tokens that are routed to them; with too few they are rounded, and named."""
+    model = moe()
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[3] = -100.0 * model.model.layers[0].mlp.gate.weight[4]
+    reference = copy.deepcopy(model)
+    config = FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": CONFIG, r"re:.*proj\.weight": CONFIG})
+    told = calibrate(model, tokens(24), config, enough_rows=200, progress=False)
+    experts = [weight for weight in told.weights if "experts" in weight.name]
+    assert len(experts) == 2 * 2 * 8
+    for layer in range(2):
+        for part in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{part}"
+            assert isinstance(model.get_parameter(name), Int4OpaqueTensor)
+            rows = [weight.rows for weight in experts if weight.name.startswith(f"{name}[")]
+            assert sum(rows) == 24 * 2 * 40 * 2  # two experts a token
+            assert max(rows) > 200
+    few = [weight for weight in experts if weight.rows < 200]
+    assert few == [weight for weight in experts if weight.rounded]
+    for weight in few:
+        assert weight.name in str(told)
+    assert loss(model, reference, tokens(1, seed=9)[0]) < 0.12
+
+
+def test_attention_of_torch() -> None:
+    """Its projections are parameters of its own, and it has a fast path in one op."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    told = calibrate(model, batches(width=64), CONFIG, filter_fn=filter_fn, progress=False)
+    assert len(told.calibrated) == 8
+    assert isinstance(model.layers[1].self_attn.in_proj_weight, Int4OpaqueTensor)
+
+
+def test_a_model_without_blocks_and_an_embedding() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look_up, self.out = nn.Embedding(64, 64), nn.Linear(64, 32)
+            self.unused = nn.Linear(64, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.out(self.look_up(ids))
+            return found
+
+    model = Model()
+    kinds = (nn.Linear, nn.Embedding)
+    told = calibrate(
+        model,
+        [torch.arange(64).repeat(4)],
+        CONFIG,
+        filter_fn=lambda module, name: isinstance(module, kinds),
+        progress=False,
+    )
+    assert {weight.name: weight.rounded for weight in told.weights} == {
+        "out.weight": "",
+        "look_up.weight": "no product with it was seen",
+        "unused.weight": "no product with it was seen",
+    }
+    assert all(isinstance(p, Int4OpaqueTensor) for p in model.parameters() if p.ndim == 2)
+
+
+def test_tied_weights_stay_tied() -> None:
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=2, tie_word_embeddings=True)
+    kinds = (nn.Linear, nn.Embedding)
+    told = calibrate(
+        model,
+        tokens(4),
+        CONFIG,
+        filter_fn=lambda module, name: isinstance(module, kinds),
+        progress=False,
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.lm_head.weight, Int4OpaqueTensor)
+    assert told.rounded == []  # it is multiplied with as the head
+
+
+# --- going on, and the same again ---------------------------------------------------------------
+
+
+def test_the_same_twice_bit_for_bit() -> None:
+    first, second = blocks(3), blocks(3)
+    assert calibrate(first, batches(), CONFIG, progress=False) == calibrate(
+        second, batches(), CONFIG, progress=False
+    )
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("stop", [3, 9, 14, 21])
+def test_an_interrupted_run_goes_on(sequential: bool, stop: int, tmp_path: Path) -> None:
+    """To the same weights and the same words; before that the model is as it was."""
+    expected, model = blocks(3), blocks(3)
+    options: dict[str, Any] = {"sequential": sequential}
+    words = calibrate(expected, batches(), CONFIG, progress=False, **options)
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    before = dict(model.named_parameters())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, batches(), CONFIG, progress=interrupt, resume=tmp_path / "a", **options)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    steps: list[tuple[int, int]] = []
+    told = calibrate(
+        model,
+        batches(),
+        CONFIG,
+        progress=lambda name, done, total: steps.append((done, total)),
+        resume=tmp_path / "a",
+        **options,
+    )
+    assert told == words
+    assert_same(model, expected)
+    assert steps[-1][0] == steps[-1][1]
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    calibrate(blocks(), batches(), CONFIG, progress=False, resume=tmp_path / "a")
+    for changed in ({"batches": batches(3)}, {"damping": 0.1}):
+        arguments: dict[str, Any] = {"batches": batches(), "config": CONFIG} | changed
+        with pytest.raises(ValueError, match="from a run with other settings, batches or weights"):
+            calibrate(blocks(), progress=False, resume=tmp_path / "a", **arguments)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/notes").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        calibrate(blocks(), batches(), CONFIG, progress=False, resume=tmp_path / "b")
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def with_nan() -> list[Tensor]:
+    found = batches()
+    found[2][0, 3, 4] = torch.nan
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([], ValueError, "there are no batches"),
+        (torch.ones(4, 32), TypeError, "batches is a Tensor; give a list"),
+        ("a text", TypeError, "batches is a str"),
+        (["a text"], TypeError, "batch 0 is a str without a tensor.*tokenizer"),
+        ([{}], TypeError, "batch 0 is a dict without a tensor"),
+        (with_nan(), ValueError, "batch 2 has NaN or infinite values"),
+        (batches(1, rows=5), ValueError, "the batches bring 10 rows to first.weight; give 128"),
+        ([*batches()[:3], batches()[3] * 1e30], ValueError, "first.weight: the inputs .* squares"),
+    ],
+)
+def test_batches_that_are_refused(given: Any, error: type[Exception], message: str) -> None:
+    model = blocks()
+    before = dict(model.named_parameters())
+    with pytest.raises(error, match=message):
+        calibrate(model, given, CONFIG, progress=False)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert not any("extra_repr" in vars(module) for module in model.modules())
+
+
+def test_nan_in_the_middle_of_a_model_leaves_it_as_it_was() -> None:
+    model = blocks(3)
+    with torch.no_grad():
+        model.blocks[1].down.bias = nn.Parameter(torch.full((64,), torch.nan))  # type: ignore[union-attr]
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"blocks\.2\.up\.weight: the inputs of the weight have NaN"):
+        calibrate(model, batches(), CONFIG, progress=False)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_weights_that_are_refused() -> None:
+    model = blocks()
+    with pytest.raises(ValueError, match="no weight of the model is chosen"):
+        calibrate(model, batches(), CONFIG, filter_fn=lambda module, name: False, progress=False)
+    calibrate(model, batches(), CONFIG, progress=False)
+    with pytest.raises(ValueError, match="no weight of the model is chosen"):
+        calibrate(model, batches(), CONFIG, progress=False)
+
+
+def test_modes_and_hooks_are_left_as_they_were() -> None:
+    model = blocks().train()
+    model.blocks[0].eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    calibrate(model, batches(), CONFIG, progress=False)
+    assert model.training
+    assert not model.blocks[0].training
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+# --- in two steps -------------------------------------------------------------------------------
+
+
+def test_two_steps_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="step='both' is not known; choose 'observe' or 'convert'"):
+        GPTQConfig("both")
+    with pytest.raises(ValueError, match="base_config is 4; give an Int4WeightOnlyConfig"):
+        GPTQConfig("observe", 4)
+    with pytest.raises(ValueError, match="percdamp=0 must be more than 0"):
+        GPTQConfig("observe", percdamp=0)
+    with pytest.raises(ValueError, match=r"first\.weight was not observed"):
+        quantize_(blocks(), GPTQConfig("convert", CONFIG))
+    model = blocks()
+    quantize_(model, GPTQConfig("observe", CONFIG))
+    with pytest.raises(ValueError, match=r"no input has reached first\.weight"):
+        quantize_(model, GPTQConfig("convert", CONFIG))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        model(torch.ones(2, 33))  # an error within a layer ends observing it for this call
+    with torch.no_grad():
+        model(batches()[0])
+    quantize_(model, GPTQConfig("convert", CONFIG))
+    assert isinstance(model.first.weight, Int4OpaqueTensor)
+    assert not model.first._forward_hooks

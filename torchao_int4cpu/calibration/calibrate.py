@@ -1,0 +1,194 @@
+"""`calibrate`: a model's weights into 4 bits for the inputs that they have on some batches."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchao_int4cpu.algorithms.hessian import DAMPING
+from torchao_int4cpu.calibration.blocks import Batch
+from torchao_int4cpu.calibration.run import ENOUGH_ROWS, Progress, Run
+from torchao_int4cpu.calibration.store import Store
+from torchao_int4cpu.calibration.targets import CalibratedWeight, choose
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+from torchao_int4cpu.quantize.report import Chosen
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did."""
+
+    weights: list[CalibratedWeight]
+
+    @property
+    def calibrated(self) -> list[CalibratedWeight]:
+        """Those quantized for their inputs."""
+        return [weight for weight in self.weights if not weight.rounded]
+
+    @property
+    def rounded(self) -> list[CalibratedWeight]:
+        """Those of whose inputs nothing, or too little, is known."""
+        return [weight for weight in self.weights if weight.rounded]
+
+    def __str__(self) -> str:
+        told = [
+            f"{len(self.calibrated)} of {len(self.weights)} matrices are quantized for their inputs"
+        ]
+        if self.calibrated:
+            worst = max(self.calibrated, key=lambda weight: weight.error)
+            median = statistics.median(weight.error for weight in self.calibrated)
+            told[0] += (
+                f": their outputs are {100 * median:.1f}% off (median), {100 * worst.error:.1f}% at "
+                f"most ({worst.name})"
+            )
+        reasons: dict[str, list[str]] = {}
+        for weight in self.rounded:
+            reasons.setdefault(weight.rounded, []).append(weight.name)
+        told += [f"rounded by mse, as {why}: {', '.join(names)}" for why, names in reasons.items()]
+        return "\n".join(told)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Any = None,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    sequential: bool = True,
+    damping: float = DAMPING,
+    enough_rows: int = ENOUGH_ROWS,
+    resume: Path | str | None = None,
+    progress: bool | Progress = True,
+) -> Calibration:
+    """Quantize a model in place by GPTQ, for the inputs that its weights have on some batches.
+
+    Block by block: the inputs of a block are those that the blocks before it give, 4-bit already. A
+    block is run twice for each batch, so all of it takes about two runs of the model over the batches,
+    and the time that the weights take. Scales and zeros are chosen as by ``"mse"``, whatever the config
+    says, and so are weights that no product with was seen, and experts that too few tokens reached.
+
+    Args:
+        model: on the CPU. Until the end its float weights are kept: after an error it is as it was.
+        batches: what the model is called with, one after the other: a tensor, a mapping of keyword
+            arguments, or a sequence of arguments.
+        config: an `Int4WeightOnlyConfig`, or an ``FqnToConfig`` of such; groups of 128 if None.
+        filter_fn: as that of `quantize_`.
+        sequential: whether a block sees what the 4-bit blocks before it give; else what the float ones
+            do, and it is run once for each batch.
+        damping: see `algorithms.hessian`.
+        enough_rows: of activations for a weight, or an expert, to be quantized for its inputs.
+        resume: a directory for the blocks that are done. A call with the same arguments goes on with
+            what it finds there; the result is the same.
+        progress: whether to show a bar (if tqdm is installed), or what is told instead.
+
+    Returns:
+        What became of each weight. ``print`` shows a summary.
+
+    Raises:
+        TypeError, ValueError: a batch, the config or a weight breaks a rule; nothing is changed.
+    """
+    config = Int4WeightOnlyConfig() if config is None else config
+    known = check_batches(batches)
+    targets, report = choose(model, config, filter_fn)
+    with _bar(progress) as tell, prepared(model):
+        run = Run(
+            model,
+            known,
+            targets,
+            tell,
+            sequential=sequential,
+            damping=damping,
+            enough_rows=enough_rows,
+        )
+        run.store = None if resume is None else Store(Path(resume), run.settings())
+        before = {target: target.weight for target in targets}
+        try:
+            run.stages()
+        except BaseException:
+            for target, weight in before.items():
+                target.put(weight)
+            raise
+    report.tell(model, Chosen.BY_FILTER if isinstance(config, Int4WeightOnlyConfig) else Chosen.BY_NAME)
+    return Calibration(run.told)
+
+
+def check_batches(batches: Iterable[Batch]) -> list[Batch]:
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; give a list of what the model is called with, one "
+            "after the other"
+        )
+    known = list(batches)
+    if not known:
+        raise ValueError(
+            "there are no batches; give some, of 32768 tokens together if that is possible"
+        )
+    for i, batch in enumerate(known):
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if not tensors or isinstance(batch, str):
+            raise TypeError(
+                f"batch {i} is a {type(batch).__name__} without a tensor; give what the model is "
+                "called with, text through its tokenizer"
+            )
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"batch {i} has NaN or infinite values; leave it out")
+    return known
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | Progress) -> Iterator[Progress]:
+    if callable(progress):
+        yield progress
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        progress = False
+    if not progress:
+        yield lambda name, done, total: None
+        return
+    with tqdm(disable=None, dynamic_ncols=True, unit="run") as bar:
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(name, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Without dropout, gradients, a cache of keys and values, or products that cannot be seen."""
+    modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    experts = getattr(config, "_experts_implementation", None)
+    gathers = experts == "batched_mm"  # copies of the experts' weights
+    try:
+        if gathers:
+            model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        if cached:
+            config.use_cache = False  # type: ignore[union-attr]
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if gathers:
+            model.set_experts_implementation(experts)  # type: ignore[operator]
+        for module, mode in modes.items():
+            module.training = mode
+        if cached:
+            config.use_cache = cached  # type: ignore[union-attr]

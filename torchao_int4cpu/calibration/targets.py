@@ -1,0 +1,166 @@
+"""The weights to calibrate, as `quantize_` would choose them, and their 4-bit forms in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import quantize_
+
+from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
+from torchao_int4cpu.algorithms.gptq import gptq, rounded
+from torchao_int4cpu.algorithms.hessian import Hessian
+from torchao_int4cpu.distributed.quantize_shards import is_sharded
+from torchao_int4cpu.format.groupwise import GroupwiseInt4
+from torchao_int4cpu.format.packing import pack_into
+from torchao_int4cpu.quantize.filters import is_input_first
+from torchao_int4cpu.quantize.parameter import ChosenWeight, choosing_only, show_in_repr
+from torchao_int4cpu.quantize.report import Report
+from torchao_int4cpu.quantize.run import reported_together
+from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
+
+#: What rounds a weight that no inputs, or too few, are known of.
+WITHOUT_INPUTS = "mse"
+
+
+@dataclass(frozen=True)
+class CalibratedWeight:
+    """What became of a weight, or of one expert of a stack.
+
+    Attributes:
+        name: of the parameter, with the number of the expert behind it.
+        rows: of activations that reached it.
+        error: what rounding does to its outputs on the calibration data, relative to them.
+        rounded: why it was rounded to nearest and not for its inputs; empty if it was not.
+    """
+
+    name: str
+    rows: int
+    error: float
+    rounded: str
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight, which several modules may share."""
+
+    holders: tuple[ChosenWeight, ...]
+
+    @property
+    def name(self) -> str:
+        """Under which it is first found in the model."""
+        return self.holders[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        """Of the first holder."""
+        return self.holders[0].module
+
+    @property
+    def weight(self) -> Tensor:
+        """As the module has it now."""
+        found: Tensor = getattr(self.module, self.holders[0].parameter_name)
+        return found
+
+    @property
+    def is_input_first(self) -> bool:
+        """Whether the weight is ``[K, N]``."""
+        return is_input_first(self.module, self.weight)
+
+    def put(self, weight: Tensor) -> None:
+        """Put another weight into the place of this one."""
+        parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
+        for holder in self.holders:
+            setattr(holder.module, holder.parameter_name, parameter)
+            if isinstance(weight, Int4Weight):
+                show_in_repr(holder.module)
+
+    def quantized(
+        self, hessians: list[Hessian] | None, enough_rows: int, damping: float
+    ) -> tuple[Int4Weight, list[CalibratedWeight]]:
+        """The 4-bit form of the weight for its inputs, and what that did to each matrix.
+
+        Args:
+            hessians: of the weight, or of each expert; None if nothing is known.
+            enough_rows: with fewer it is rounded without them.
+            damping: see `Hessian.inverse_factor`.
+
+        Raises:
+            ValueError: inputs have NaN or infinite values.
+        """
+        weight = self.weight.detach()
+        w = weight.transpose(-2, -1) if self.is_input_first else weight
+        matrices = [w] if w.ndim == 2 else list(w)
+        group_size = self.holders[0].group_size
+        packed: Int4OpaqueTensor | None = None
+        if w.ndim == 3:
+            packed = Int4OpaqueTensor.empty(w.shape, group_size, w.dtype)
+        told = []
+        for i, matrix in enumerate(matrices):
+            hessian = None if hessians is None else hessians[i]
+            name = self.name if packed is None else f"{self.name}[{i}]"
+            try:
+                value, became = _quantized(matrix, name, hessian, group_size, enough_rows, damping)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            told.append(became)
+            if packed is not None:
+                pack_into(packed.matrices()[i], value)
+        if packed is None:
+            packed = Int4OpaqueTensor.from_groupwise(value, dtype=w.dtype)
+        return (Int4TransposedTensor(packed) if self.is_input_first else packed), told
+
+
+def _quantized(
+    matrix: Tensor, name: str, hessian: Hessian | None, group_size: int, enough: int, damping: float
+) -> tuple[GroupwiseInt4, CalibratedWeight]:
+    if hessian is None or not hessian.rows:
+        value = choose_qparams(matrix, group_size, WITHOUT_INPUTS)
+        return value, CalibratedWeight(name, 0, 0.0, "no product with it was seen")
+    if hessian.rows < enough:
+        value, error = rounded(matrix, hessian, group_size)
+        why = f"only {hessian.rows} rows have reached it"
+        return value, CalibratedWeight(name, hessian.rows, error, why)
+    value, error = gptq(matrix, hessian, group_size, damping)
+    return value, CalibratedWeight(name, hessian.rows, error, "")
+
+
+def choose(
+    model: nn.Module, config: Any, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> tuple[list[Target], Report]:
+    """What `quantize_` would make 4-bit, and its report of what it would leave.
+
+    Raises:
+        ValueError: that is nothing, or has sharded weights.
+    """
+    report = Report()
+    with choosing_only() as found, reported_together(report):
+        quantize_(model, config, filter_fn=filter_fn)
+    if not found:
+        left = next(iter(report.left.items()), None)
+        why = "" if left is None else f": {left[0]} is left, because {left[1]}"
+        raise ValueError(f"no weight of the model is chosen{why}; choose others with filter_fn")
+    sharded = next((each.name for each in found if is_sharded(each.weight)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded over processes; calibrate the whole model in one process, and shard "
+            "what comes of it"
+        )
+    by_weight: dict[int, list[ChosenWeight]] = {}
+    for each in found:
+        by_weight.setdefault(id(each.weight), []).append(each)
+    return [Target(tuple(holders)) for holders in by_weight.values()], report
+
+
+def watchable(targets: Iterable[Target]) -> dict[str, tuple[nn.Module, Tensor]]:
+    """The weights by name for an observer; embeddings are looked up and not multiplied with."""
+    return {
+        target.name: (target.module, target.weight)
+        for target in targets
+        if any(not isinstance(holder.module, nn.Embedding) for holder in target.holders)
+        and target.weight.device == torch.device("cpu")
+    }

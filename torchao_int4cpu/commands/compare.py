@@ -1,0 +1,94 @@
+"""``compare SRC``: what 4 bits cost a model, by group size and algorithm: a table, and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
+from torchao_int4cpu.bench.compare import GPTQ, Row, compare, draw
+from torchao_int4cpu.bench.plot import require_matplotlib
+from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.commands.options import Commands
+from torchao_int4cpu.commands.written import steps_bar
+from torchao_int4cpu.format.groupwise import GROUP_SIZES
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command and its options."""
+    command = commands.add_parser(
+        "compare", help="the loss of a language model, or of an encoder, by group size and algorithm"
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face directory")
+    command.add_argument(
+        "--evaluation", type=Path, metavar="FILE", required=True, help="text to measure on"
+    )
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="text for gptq, another than --evaluation"
+    )
+    command.add_argument(
+        "--group-sizes", nargs="+", type=int, default=[32, 64, 128], choices=GROUP_SIZES
+    )
+    names = [*ALGORITHMS, GPTQ]
+    command.add_argument("--algorithms", nargs="+", default=names, choices=names)
+    command.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
+    command.add_argument("--evaluation-tokens", type=int, default=6144, help="of the evaluation text")
+    command.add_argument("--json", action="store_true", help="lines of JSON instead of a table")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the loss over the bytes (.svg, .png, .pdf)"
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each way."""
+    if args.plot is not None:
+        require_matplotlib()
+    with steps_bar() as progress:
+        rows = compare(
+            args.source,
+            args.evaluation,
+            args.calibration,
+            progress,
+            group_sizes=args.group_sizes,
+            algorithms=args.algorithms,
+            tokens=args.tokens,
+            evaluation_tokens=args.evaluation_tokens,
+        )
+    where = environment() | {
+        "model": str(args.source),
+        "calibration": str(args.calibration),
+        "tokens": args.tokens,
+        "evaluation": str(args.evaluation),
+        "evaluation tokens": args.evaluation_tokens,
+    }
+    if args.json:
+        for line in (where, *map(asdict, rows)):
+            print(json.dumps(line))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in where.items()))
+        _print_rows(rows)
+    if args.plot is not None:
+        draw(rows, args.plot, f"{args.source.name} in 4 bits")
+    return 0
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    is_model = not math.isnan(rows[0].perplexity)
+    loss = f"{'perplexity':>10} {'':>7} {'KL':>8}" if is_model else f"{'1 - cosine':>10}"
+    print(f"{'algorithm':<9} {'group':>5} {'bits':>6} {'MB':>8} {loss} {'SQNR dB':>7} {'seconds':>7}")
+    for row in rows:
+        if is_model:
+            more = f"{100 * (row.perplexity / rows[0].perplexity - 1):+.1f}%" if row.algorithm else ""
+            loss = f"{row.perplexity:>10.2f} {more:>7} {row.divergence:>8.3g}"
+        else:
+            loss = f"{1 - row.cosine:>10.2e}"
+        quality = f"{row.sqnr:.1f}" if row.algorithm else "-"
+        print(
+            f"{row.algorithm or 'float':<9} {row.group_size or '-':>5} {row.bits:>6.2f}"
+            f" {row.nbytes / 1e6:>8.1f} {loss} {quality:>7} {row.seconds:>7.1f}"
+        )
