@@ -93,7 +93,7 @@ def _with_hidden(template: Any, hidden: Tensor) -> Any:
 def containers(
     model: nn.Module, holds_weights: Callable[[nn.Module], bool]
 ) -> list[dict[str, nn.Module]]:
-    """The outermost lists of two or more modules with weights, as the layers of a decoder are.
+    """The outermost lists of modules with weights, as the layers of a decoder are.
 
     Args:
         model: in which to look.
@@ -109,7 +109,7 @@ def containers(
             blocks = {
                 f"{name}.{n}".lstrip("."): m for n, m in module.named_children() if holds_weights(m)
             }
-            if len(blocks) > 1:
+            if len(blocks) >= (1 if isinstance(module, nn.ModuleList) else 2):
                 found.append(blocks)
                 return
         for child_name, child in module.named_children():
