@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchao.quantization import FqnToConfig, quantize_
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
 from transformers import (
     BertConfig,
     BertModel,
@@ -381,8 +382,61 @@ def test_nan_in_the_middle_of_a_model_leaves_it_as_it_was() -> None:
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
+def test_batches_that_run_other_blocks_are_refused() -> None:
+    class Skips(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = self.blocks
+            if x.shape[0] == 1:
+                self.blocks = nn.ModuleList(list(kept)[:-1])
+            try:
+                return super().forward(x)
+            finally:
+                self.blocks = kept
+
+    with pytest.raises(ValueError, match=r"batch 1 runs 2 of the 3 blocks from blocks\.0 on"):
+        calibrate(Skips(3).eval(), [*batches(1), batches()[1][:1]], CONFIG, progress=False)
+
+
+def test_weights_that_blocks_share() -> None:
+    """They see what all of these blocks see, in the float model or what is 4-bit of it by then."""
+    model = blocks(3)
+    shared, own = model.blocks[0], model.blocks[2]
+    assert isinstance(shared, Block)
+    assert isinstance(own, Block)
+    own.up.weight = shared.up.weight
+    told = calibrate(model, batches(), CONFIG, progress=False)
+    assert own.up.weight is shared.up.weight
+    assert isinstance(own.up.weight, Int4OpaqueTensor)
+    assert {weight.name: weight.rows for weight in told.weights}["blocks.0.up.weight"] == 2 * 480
+    assert len(told.weights) == 7
+    assert all(isinstance(p, Int4OpaqueTensor) for p in model.parameters() if p.ndim == 2)
+
+
+def test_a_block_that_runs_twice() -> None:
+    class Twice(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in [*self.blocks, *self.blocks]:
+                x = block(x, shift=torch.tensor(0.0))
+            found: Tensor = self.last(x)
+            return found
+
+    model = Twice().eval()
+    told = calibrate(model, batches(), CONFIG, progress=False)
+    assert {weight.name: weight.rows for weight in told.weights if "up" in weight.name} == {
+        "blocks.0.up.weight": 960,
+        "blocks.1.up.weight": 960,
+    }
+    assert told.rounded == []
+
+
 def test_weights_that_are_refused() -> None:
     model = blocks()
+    others = FqnToConfig({"first": CONFIG, "last": Int8WeightOnlyConfig()})
+    for config, name in ((others, "last"), (Int8WeightOnlyConfig(), "config")):
+        with pytest.raises(TypeError, match=f"{name} is a Int8WeightOnlyConfig; calibrate takes"):
+            calibrate(model, batches(), config, progress=False)
+    assert not any(isinstance(p, TorchAOBaseTensor) for p in model.parameters())
     with pytest.raises(ValueError, match="no weight of the model is chosen"):
         calibrate(model, batches(), CONFIG, filter_fn=lambda module, name: False, progress=False)
     calibrate(model, batches(), CONFIG, progress=False)

@@ -211,6 +211,8 @@ def record(model: nn.Module, chain: Chain, batch: Batch) -> Recorded:
             hidden = None if chain.slot is None else chain.slot.get(args, kwargs)
             if not recorded.calls:
                 recorded.hidden = hidden
+            if chain.slot is not None and not isinstance(hidden, Tensor):
+                raise _StopForward  # called in another way: what is missing is seen
             recorded.calls.append(_without(args, kwargs, chain.slot))
             if name == last:
                 raise _StopForward

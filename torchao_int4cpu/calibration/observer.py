@@ -69,6 +69,9 @@ class Observer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _MADE_OF_PRODUCTS:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         look = _PRODUCTS.get(func)
         if look is not None:
             look(self, *args, **(kwargs or {}))
@@ -109,8 +112,9 @@ class Observer(TorchDispatchMode):
 
     def _gram(self, x: Tensor) -> Tensor:
         """``x^T x`` in float32; computed once for weights that share an input, as q, k and v do."""
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        if self._last is None or self._last[1] != key:
+        # A tensor of inference_mode does not say whether it has been written to since.
+        key = (x.data_ptr(), x.shape, x.stride(), None if x.is_inference() else x._version)
+        if self._last is None or self._last[1] != key or x.is_inference():
             floats = x.detach().float()
             self._last = (x, key, floats.t() @ floats)  # x is kept, so that its address stays its own
         return self._last[2]
@@ -123,6 +127,10 @@ def _mm(observer: Observer, a: Tensor, b: Tensor, **_: Any) -> None:
 
 def _addmm(observer: Observer, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
     _mm(observer, a, b)
+
+
+def _mv(observer: Observer, a: Tensor, x: Tensor) -> None:
+    observer.product(x[None], a.t())
 
 
 def _bmm(observer: Observer, a: Tensor, b: Tensor, **_: Any) -> None:
@@ -145,9 +153,13 @@ def _grouped_mm(
         start = stop
 
 
+#: What reaches the dispatcher whole in inference_mode, and else as the products that it is made of.
+_MADE_OF_PRODUCTS = {aten.linear.default, aten.matmul.default, aten.einsum.default}
+
 _PRODUCTS: dict[Any, Callable[..., None]] = {
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
+    aten.mv.default: _mv,
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,
     aten._grouped_mm.default: _grouped_mm,

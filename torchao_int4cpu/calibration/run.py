@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,9 @@ class Run:
         for blocks in {id(blocks): blocks for blocks in in_blocks.values()}.values():
             for chain in probe.chains(blocks):
                 chains[next(iter(chain.blocks))] = chain
-                for target in self._targets_in(list(chain.blocks.values())):
-                    loose.pop(target.name, None)
+                for block in chain.blocks.values():  # not what several blocks share
+                    for target in self._targets_in(block):
+                        loose.pop(target.name)
         stages: list[Chain | list[Target]] = []
         of_module: dict[str, list[Target]] = {}
         for target in loose.values():
@@ -161,8 +162,8 @@ class Run:
                 stages[-1].extend(of_module.pop(name))  # type: ignore[union-attr]
         return stages
 
-    def _targets_in(self, blocks: Iterable[nn.Module]) -> list[Target]:
-        modules = {module for block in blocks for module in block.modules()}
+    def _targets_in(self, block: nn.Module) -> list[Target]:
+        modules = set(block.modules())
         return [
             target
             for target in self.targets
@@ -184,8 +185,14 @@ class Run:
         self._name = next(iter(chain.blocks))
         recorded = []
         with self.memory.running(chain):
-            for batch in self.batches:
+            for i, batch in enumerate(self.batches):
                 recorded.append(record(self.model, chain, batch))
+                run, blocks = len(recorded[-1].calls), len(chain.blocks)
+                if run != blocks:
+                    raise ValueError(
+                        f"batch {i} runs {run} of the {blocks} blocks from {self._name} on, or calls "
+                        "them in another way than batch 0; give batches of one kind"
+                    )
                 self._step()
         hidden = States([each.hidden for each in recorded], self.memory.folder)
         for number, (name, block) in enumerate(chain.blocks.items()):
@@ -205,7 +212,7 @@ class Run:
         is_last: bool,
     ) -> None:
         """Quantize a block, and replace what it was given by what it gives, unless it is the last."""
-        targets = self._targets_in([block])
+        targets = self._targets_in(block)
         done = self._restore(targets)
         if not done or not self.sequential:
             with Observer({} if done else watchable(targets)) as observer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import quantize_
+from torchao.quantization import FqnToConfig, quantize_
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.algorithms.gptq import gptq, rounded
@@ -19,7 +19,7 @@ from torchao_int4cpu.format.packing import pack_into
 from torchao_int4cpu.quantize.filters import is_input_first
 from torchao_int4cpu.quantize.parameter import ChosenWeight, choosing_only, show_in_repr
 from torchao_int4cpu.quantize.report import Report
-from torchao_int4cpu.quantize.run import reported_together
+from torchao_int4cpu.quantize.run import makes_ours, reported_together
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
@@ -135,8 +135,17 @@ def choose(
     """What `quantize_` would make 4-bit, and its report of what it would leave.
 
     Raises:
-        ValueError: that is nothing, or has sharded weights.
+        TypeError: the config asks for something else than 4-bit weights of this package.
+        ValueError: what is chosen is nothing, or has sharded weights.
     """
+    configs = config.fqn_to_config.items() if isinstance(config, FqnToConfig) else [("config", config)]
+    for name, each in configs:
+        if each is not None and not makes_ours(each):
+            raise TypeError(
+                f"{name} is a {type(each).__name__}; calibrate takes Int4WeightOnlyConfig with "
+                "packing_format='opaque', alone or in an FqnToConfig, so leave out other weights here, "
+                "and quantize these with quantize_"
+            )
     report = Report()
     with choosing_only() as found, reported_together(report):
         quantize_(model, config, filter_fn=filter_fn)
