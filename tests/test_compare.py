@@ -28,7 +28,7 @@ def nothing(name: str, done: int, total: int) -> None:
 @pytest.fixture
 def texts(tmp_path: Path) -> tuple[Path, Path]:
     """For evaluation, and for calibration."""
-    words = text(9000)
+    words = text(9000).replace(" lazy ", "\n")
     (tmp_path / "evaluation.txt").write_text(words[:5000])
     (tmp_path / "calibration.txt").write_text(words[5000:])
     return tmp_path / "evaluation.txt", tmp_path / "calibration.txt"

@@ -21,7 +21,7 @@ def peak() -> int:
 
 def main(source: str, out: str) -> None:
     plan = make_plan(Path(source), Int4WeightOnlyConfig())
-    batches = batches_of(torch.arange(2 * 64).view(2, 64) % 100, plan.model_config)
+    batches = batches_of([torch.arange(2 * 64).view(2, 64) % 100], plan.model_config)
     before = peak()
     calibrate_directory(plan, list(batches), Path(out), lambda name, done, total: None)
     blocks: Counter[str] = Counter()

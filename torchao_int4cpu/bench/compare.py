@@ -21,7 +21,7 @@ from torchao_int4cpu.calibration.blocks import Batch
 from torchao_int4cpu.calibration.calibrate import calibrate
 from torchao_int4cpu.convert.directory import sqnr
 from torchao_int4cpu.convert.plan import make_plan
-from torchao_int4cpu.convert.text import batches_of, length_of, read_text, sequences, tokenizer_of
+from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -107,29 +107,30 @@ def compare(
         raise ValueError("gptq needs a text for calibration; give --calibration, or leave gptq out")
     plan = make_plan(folder, Int4WeightOnlyConfig(group_size=group_sizes[0]), skip=skip)
     wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
-    tokenizer, length = tokenizer_of(folder), length_of(plan.model_config)
-    ids = sequences(read_text(evaluation), tokenizer, evaluation_tokens, length)
+    tokenizer, model_config = tokenizer_of(folder), plan.model_config
+    ids = token_ids(read_text(evaluation), tokenizer, evaluation_tokens, model_config)
+    rows = [row for part in ids for row in part]
     batches: list[Batch] = []
     if calibration is not None:
-        calibration_ids = sequences(read_text(calibration), tokenizer, tokens, length)
-        batches = list(batches_of(calibration_ids, plan.model_config))
+        ids = token_ids(read_text(calibration), tokenizer, tokens, model_config)
+        batches = list(batches_of(ids, model_config))
     transformers = import_extra("transformers", "hf")
-    model_class = getattr(transformers, plan.model_config.architectures[0])
-    model = model_class.from_pretrained(folder, dtype=plan.model_config.dtype).eval()
+    model_class = getattr(transformers, model_config.architectures[0])
+    model = model_class.from_pretrained(folder, dtype=model_config.dtype).eval()
 
     def chosen(module: nn.Module, name: str) -> bool:
         return f"{name}.weight" in wanted
 
     ways = [(name, size) for size in group_sizes for name in algorithms]
-    total = len(ways) + len(ids)
+    total = len(ways) + len(rows)
     variants = [_Variant("", 0, {})]
     for done, (name, size) in enumerate(ways):
         progress(f"{name}, groups of {size}", done, total)
         variants.append(_quantized(model, chosen, name, size, batches))
     losses = [_Losses() for _ in variants]
     with torch.no_grad():
-        for number, sequence in enumerate(ids):
-            progress(f"sequence {number + 1} of {len(ids)}", len(ways) + number, total)
+        for number, sequence in enumerate(rows):
+            progress(f"sequence {number + 1} of {len(rows)}", len(ways) + number, total)
             expected = _output(model, sequence)
             for variant, loss in zip(variants, losses):
                 with _in_place(model, variant.weights):

@@ -16,7 +16,7 @@ from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_repor
 from torchao_int4cpu.convert.calibrated import calibrate_directory
 from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.plan import Plan, make_plan
-from torchao_int4cpu.convert.text import batches_of, length_of, read_text, sequences, tokenizer_of
+from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -119,6 +119,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _batches(plan: Plan, file: Path, tokens: int) -> list[Batch]:
     text = read_text(file)
-    tokenizer = tokenizer_of(plan.folder)
-    ids = sequences(text, tokenizer, tokens, length_of(plan.model_config))
+    ids = token_ids(text, tokenizer_of(plan.folder), tokens, plan.model_config)
     return list(batches_of(ids, plan.model_config))
