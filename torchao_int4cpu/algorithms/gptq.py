@@ -80,8 +80,8 @@ def gptq(w: Tensor, hessian: Hessian, group_size: int, damping: float = DAMPING)
     signal = noise = 0.0
     for rows in _rows(n, k):
         exact = w.detach()[rows].float()
-        rounded, fitted = _part(value, rows), _fit(exact, factor, importance, group_size)
-        errors = [hessian.squared_outputs(exact - each.dequantize()) for each in (rounded, fitted)]
+        nearest, fitted = _part(value, rows), _fit(exact, factor, importance, group_size)
+        errors = [hessian.squared_outputs(exact - each.dequantize()) for each in (nearest, fitted)]
         better = errors[1] <= errors[0]
         value.codes[rows][better] = fitted.codes[better]
         value.scale[rows][better] = fitted.scale[better]

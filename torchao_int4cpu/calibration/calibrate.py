@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchao.quantization import FqnToConfig
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
 from torchao_int4cpu.calibration.blocks import Batch
@@ -98,7 +99,7 @@ def calibrate(
     config = Int4WeightOnlyConfig() if config is None else config
     known = check_batches(batches)
     targets, report = choose(model, config, filter_fn)
-    with _bar(progress) as tell, prepared(model):
+    with progress_bar(progress) as tell, prepared(model):
         run = Run(
             model,
             known,
@@ -116,11 +117,17 @@ def calibrate(
             for target, weight in before.items():
                 target.put(weight)
             raise
-    report.tell(model, Chosen.BY_FILTER if isinstance(config, Int4WeightOnlyConfig) else Chosen.BY_NAME)
+    report.tell(model, Chosen.BY_NAME if isinstance(config, FqnToConfig) else Chosen.BY_FILTER)
     return Calibration(run.told)
 
 
 def check_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """As a list.
+
+    Raises:
+        TypeError: it is no list of batches, or one of them has no tensor.
+        ValueError: there are none, or one has NaN or infinite values.
+    """
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(
             f"batches is a {type(batches).__name__}; give a list of what the model is called with, one "
@@ -145,7 +152,8 @@ def check_batches(batches: Iterable[Batch]) -> list[Batch]:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool | Progress) -> Iterator[Progress]:
+def progress_bar(progress: bool | Progress) -> Iterator[Progress]:
+    """A bar on a terminal if tqdm is installed; or what is told instead."""
     if callable(progress):
         yield progress
         return
@@ -156,7 +164,7 @@ def _bar(progress: bool | Progress) -> Iterator[Progress]:
     if not progress:
         yield lambda name, done, total: None
         return
-    with tqdm(disable=None, dynamic_ncols=True, unit="run") as bar:
+    with tqdm(disable=None, dynamic_ncols=True, unit="step") as bar:
 
         def show(name: str, done: int, total: int) -> None:
             bar.total = total

@@ -12,9 +12,9 @@ from pathlib import Path
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.bench.compare import GPTQ, Row, compare, draw
 from torchao_int4cpu.bench.plot import require_matplotlib
+from torchao_int4cpu.calibration.calibrate import progress_bar
 from torchao_int4cpu.commands.environment import environment
 from torchao_int4cpu.commands.options import Commands
-from torchao_int4cpu.commands.written import steps_bar
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a row for each way."""
     if args.plot is not None:
         require_matplotlib()
-    with steps_bar() as progress:
+    with progress_bar(True) as progress:
         rows = compare(
             args.source,
             args.evaluation,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.calibration.blocks import Batch
-from torchao_int4cpu.calibration.calibrate import Calibration
+from torchao_int4cpu.calibration.calibrate import Calibration, progress_bar
 from torchao_int4cpu.calibration.store import Store
 from torchao_int4cpu.calibration.targets import CalibratedWeight
 from torchao_int4cpu.commands.options import DTYPES, Commands
-from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report, steps_bar
+from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report
 from torchao_int4cpu.convert.calibrated import calibrate_directory
 from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.plan import Plan, make_plan
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if calibrates:
             batches = _batches(plan, args.calibration, args.tokens)
-            with steps_bar() as tell:
+            with progress_bar(True) as tell:
                 store, told = calibrate_directory(plan, batches, folder, tell)
         with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:
             report = quantize_directory(plan, args.out, progress, known)

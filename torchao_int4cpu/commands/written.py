@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchao_int4cpu.convert.shards import Done, Progress, Report
@@ -20,20 +20,6 @@ def bytes_bar(total: int) -> Iterator[Progress]:
         def show(name: str, done: int) -> None:
             bar.set_description(name, refresh=not done)
             bar.update(done)
-
-        yield show
-
-
-@contextlib.contextmanager
-def steps_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for what tells of its steps: a name, and how many of how many are done."""
-    tqdm = import_extra("tqdm", "hf").tqdm
-    with tqdm(disable=None, dynamic_ncols=True, unit="step") as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(name, refresh=False)
-            bar.update(done - bar.n)
 
         yield show
 

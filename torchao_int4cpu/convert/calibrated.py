@@ -168,7 +168,8 @@ class _OneBlock(Memory):
         for key, parameter in before.items():
             if f"{name}.{key}" not in self._tensors:
                 raise ValueError(f"{name}.{key} is in no file of the directory; fetch them again")
-            numbers = self._tensors.read(f"{name}.{key}").float()
+            # A copy, as what is of a mapped file lies anywhere, and products may depend on that.
+            numbers = self._tensors.read(f"{name}.{key}").to(torch.float32, copy=True)
             if numbers.shape != parameter.shape:
                 raise ValueError(
                     f"{name}.{key} has shape {list(numbers.shape)} where the model has "
