@@ -43,6 +43,7 @@ EXPECTED = {
     "formats": "torch.Size([512, 1000]) torch.Size([512, 16])",
     "weights": "torch.Size([5, 48, 5, 64])",
     "export": "(7, 96)\n",
+    "calibration": "2 of 2 matrices are quantized for their inputs: their outputs are",
 }
 
 
