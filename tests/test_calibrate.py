@@ -128,6 +128,34 @@ def test_two_blocks_equal_doing_it_by_hand() -> None:
     ]
 
 
+def test_what_is_between_blocks_is_done() -> None:
+    """Each block is then recorded by itself, in the model as it is by then."""
+
+    class Between(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(2 * x.tanh(), shift=torch.tensor(0.0))
+            found: Tensor = self.last(x)
+            return found
+
+    model, expected = Between(3).eval(), Between(3).eval()
+    expected.load_state_dict(model.state_dict())
+    calibrate(model, batches(), CONFIG, progress=False)
+    with torch.no_grad():
+        by_hand(expected.first, batches())
+        hidden = [expected.first(x) for x in batches()]
+        for block in expected.blocks:
+            assert isinstance(block, Block)
+            hidden = [2 * x.tanh() for x in hidden]
+            middle = [torch.relu(block.up(x)) for x in hidden]
+            by_hand(block.up, hidden)
+            by_hand(block.down, middle)
+            hidden = [block(x, shift=torch.tensor(0.0)) for x in hidden]
+        by_hand(expected.last, hidden)
+    assert_same(model, expected)
+
+
 def test_not_sequential_is_observing_the_float_model() -> None:
     """And so are the two steps of `quantize_`."""
     model, expected = blocks(), blocks()

@@ -142,6 +142,13 @@ def test_inputs_without_relation_lead_to_rounding() -> None:
     assert torch.equal(value.scale, rounded.scale)
 
 
+def test_inputs_that_are_all_zero_lead_to_rounding() -> None:
+    w = weight(12, 96)
+    fitted = gptq(w, hessian_of(torch.zeros(200, 96)), 32)
+    assert torch.equal(fitted.value.codes, choose_qparams(w, 32, "mse").codes)
+    assert fitted.error == 0.0
+
+
 def test_columns_that_nothing_reaches_are_rounded() -> None:
     x = inputs(300, 96)
     x[:, 64:] = 0  # a whole group

@@ -77,12 +77,9 @@ class Observer(TorchDispatchMode):
             look(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._last = None
-
     def share_equal(self) -> None:
         """Keep one of equal Hessians, which is factorized once; no more can be observed after it."""
+        self._last = None
         kept: dict[tuple[int, int], list[Hessian]] = {}
         for watched in self.watched.values():
             for i, hessian in enumerate(watched.hessians):
