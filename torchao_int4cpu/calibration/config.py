@@ -91,7 +91,7 @@ class _Observed:
 
     def _end(self, *_: Any) -> None:
         for observer in reversed(self.observers.values()):
-            observer.__exit__(None, None, None)
+            observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._fast)
 
     def remove(self) -> None:
