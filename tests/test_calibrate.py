@@ -156,6 +156,83 @@ def test_what_is_between_blocks_is_done() -> None:
     assert_same(model, expected)
 
 
+class Skipping(Blocks):
+    """The last block is also given what the first one returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = [self.first(x)]
+        for i, block in enumerate(self.blocks):
+            shift = hidden[1].mean() if i == 2 else torch.tensor(0.0)
+            hidden.append(block(hidden[-1], shift=shift))
+        found: Tensor = self.last(hidden[-1])
+        return found
+
+
+def test_what_depends_on_other_blocks_is_computed() -> None:
+    """Such blocks are no chain, though each takes what the one before has returned."""
+    torch.manual_seed(0)
+    model, expected = Skipping(3).eval(), Skipping(3).eval()
+    expected.load_state_dict(model.state_dict())
+    calibrate(model, batches(), CONFIG, progress=False)
+    with torch.no_grad():
+        by_hand(expected.first, batches())
+        hidden = [expected.first(x) for x in batches()]
+        seen: list[Tensor] = []
+        for i, block in enumerate(expected.blocks):
+            assert isinstance(block, Block)
+            shifts = [x.mean() if i == 2 else torch.tensor(0.0) for x in seen or hidden]
+            middle = [torch.relu(block.up(x) + shift) for x, shift in zip(hidden, shifts)]
+            by_hand(block.up, hidden)
+            by_hand(block.down, middle)
+            hidden = [block(x, shift=shift) for x, shift in zip(hidden, shifts)]
+            seen = seen or hidden
+        by_hand(expected.last, hidden)
+    assert_same(model, expected)
+
+
+def test_what_blocks_hand_on_is_that_of_each_batch() -> None:
+    """As T5's blocks do with what the first one has made of the length and the mask of the batch."""
+
+    class Handing(Block):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, bias: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            if bias is None:
+                bias = x.mean(-1, keepdim=True)
+            return super().forward(x, shift=bias), bias
+
+    class Model(Blocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Handing(number) for number in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, bias = self.first(x), None
+            for block in self.blocks:
+                x, bias = block(x, bias)
+            found: Tensor = self.last(x)
+            return found
+
+    torch.manual_seed(0)
+    given = [*batches(2), *batches(2, rows=70)]  # of two lengths
+    model, expected = Model().eval(), Model().eval()
+    expected.load_state_dict(model.state_dict())
+    calibrate(model, given, CONFIG, progress=False)
+    with torch.no_grad():
+        by_hand(expected.first, given)
+        hidden = [expected.first(x) for x in given]
+        biases: list[Tensor] = []
+        for block in expected.blocks:
+            assert isinstance(block, Handing)
+            biases = biases or [x.mean(-1, keepdim=True) for x in hidden]
+            middle = [torch.relu(block.up(x) + bias) for x, bias in zip(hidden, biases)]
+            by_hand(block.up, hidden)
+            by_hand(block.down, middle)
+            hidden = [block(x, bias)[0] for x, bias in zip(hidden, biases)]
+        by_hand(expected.last, hidden)
+    assert_same(model, expected)
+
+
 def test_not_sequential_is_observing_the_float_model() -> None:
     """And so are the two steps of `quantize_`."""
     model, expected = blocks(), blocks()

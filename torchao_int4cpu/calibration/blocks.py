@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 #: What a model is called with: a tensor, a mapping of keyword arguments, or a sequence of arguments.
 Batch = Any
@@ -54,12 +56,32 @@ class Chain:
     Attributes:
         blocks: one or more.
         slot: where each takes the result of the one before; None for one block alone.
-        template: what a block returned, for its form.
+        forms: of what each returns.
     """
 
     blocks: dict[str, nn.Module]
     slot: Slot | None = None
-    template: Any = None
+    forms: dict[str, Form] = field(default_factory=dict)
+
+
+@dataclass
+class Form:
+    """What a block returns beside the hidden states.
+
+    Attributes:
+        kind: tuple or list; None if it returns the hidden states alone.
+        others: where it was given the same thing; or the thing itself, which no other block is given.
+    """
+
+    kind: type[Any] | None
+    others: list[Any] = field(default_factory=list)
+
+    def made(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """In the place of what a block returns that is called so."""
+        if self.kind is None:
+            return hidden
+        others = [each.get(args, kwargs) if isinstance(each, Slot) else each for each in self.others]
+        return self.kind([hidden, *others])
 
 
 @dataclass
@@ -82,12 +104,6 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
 def hidden_of(result: Any) -> Any:
     """What the next block takes of what a block returned: it, or the first of several."""
     return result[0] if isinstance(result, (tuple, list)) else result
-
-
-def _with_hidden(template: Any, hidden: Tensor) -> Any:
-    if isinstance(template, (tuple, list)):
-        return type(template)([hidden, *template[1:]])
-    return hidden
 
 
 def containers(
@@ -183,19 +199,52 @@ class Probe:
                 found[-1].blocks[name] = blocks[name]
                 found[-1].slot = slot
             else:
-                found.append(Chain({name: blocks[name]}, None, self._results[name]))
+                found.append(Chain({name: blocks[name]}))
+            found[-1].forms[name] = self._form(name)
             before = name
         return found
 
-    def _slot(self, before: str, name: str) -> Slot | None:
-        """Where a block takes the result of the one before it; None if it does not."""
-        hidden = hidden_of(self._results[before])
+    def _form(self, name: str) -> Form:
+        result = self._results[name]
+        if not isinstance(result, (tuple, list)):
+            return Form(None)
+        others = [self._given(name, each) or each for each in result[1:]]
+        return Form(tuple if isinstance(result, tuple) else list, others)
+
+    def _given(self, name: str, value: Any) -> Slot | None:
+        """Where a block was given a tensor."""
         ((args, kwargs),) = self._inputs[name]
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for key, value in named:
-            if value is hidden and isinstance(hidden, Tensor):
-                return Slot(key)
-        return None
+        keys = [key for key, each in named if each is value and isinstance(value, Tensor)]
+        return Slot(keys[0]) if keys else None
+
+    def confirms(self, chain: Chain, recorded: Recorded) -> bool:
+        """Whether the blocks are called as they were, though none has been run."""
+        for name, call in zip(chain.blocks, recorded.calls):
+            ((args, kwargs),) = self._inputs[name]
+            expected = _without(args, kwargs, chain.slot)
+            pairs = zip(
+                pytree.tree_leaves((call.args, call.kwargs)),
+                pytree.tree_leaves((expected.args, expected.kwargs)),
+            )
+            for ours, theirs in pairs:
+                if isinstance(ours, Tensor) != isinstance(theirs, Tensor):
+                    return False
+                if isinstance(ours, Tensor) and not torch.equal(ours, theirs):
+                    return False
+        return len(recorded.calls) == len(chain.blocks)
+
+    def _slot(self, before: str, name: str) -> Slot | None:
+        """Where a block takes the result of the one before it; None if it does not, or not only that.
+
+        What else the one before has returned may be given on only if that was given it, too.
+        """
+        result = self._results[before]
+        hidden = hidden_of(result)
+        others = result[1:] if isinstance(result, (tuple, list)) else ()
+        if any(self._given(name, each) and not self._given(before, each) for each in others):
+            return None
+        return self._given(name, hidden)
 
 
 # --- recording ----------------------------------------------------------------------------------
@@ -217,7 +266,7 @@ def record(model: nn.Module, chain: Chain, batch: Batch) -> Recorded:
             if name == last:
                 raise _StopForward
             assert isinstance(hidden, Tensor)
-            return _with_hidden(chain.template, hidden)
+            return chain.forms[name].made(hidden, args, kwargs)
 
         return forward
 

@@ -144,7 +144,7 @@ class Run:
             probe.run(self.model, self.batches[0], last=self.memory.last)
         chains: dict[str, Chain] = {}
         for blocks in {id(blocks): blocks for blocks in in_blocks.values()}.values():
-            for chain in probe.chains(blocks):
+            for chain in self._confirmed(probe, blocks):
                 chains[next(iter(chain.blocks))] = chain
                 for block in chain.blocks.values():  # not what several blocks share
                     for target in self._targets_in(block):
@@ -161,6 +161,21 @@ class Run:
                     stages.append([])
                 stages[-1].extend(of_module.pop(name))  # type: ignore[union-attr]
         return stages
+
+    def _confirmed(self, probe: Probe, blocks: dict[str, nn.Module]) -> list[Chain]:
+        """The chains of a container; one for each block where more depends on what blocks compute."""
+        found = []
+        for chain in probe.chains(blocks):
+            with self.memory.running(chain):
+                recorded = record(self.model, chain, self.batches[0])
+            if len(chain.blocks) == 1 or probe.confirms(chain, recorded):
+                found.append(chain)
+            else:
+                found += [
+                    Chain({name: block}, forms={name: chain.forms[name]})
+                    for name, block in chain.blocks.items()
+                ]
+        return found
 
     def _targets_in(self, block: nn.Module) -> list[Target]:
         modules = set(block.modules())
