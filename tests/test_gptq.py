@@ -105,7 +105,7 @@ def errors(w: Tensor, rounded: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("nk,kl,nl->n", change, h.double(), change)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_against_all_codes(k: int) -> None:
     """Never better than the best of all codes, and never worse than rounding to nearest."""
     w, hessian = weight(40, k), hessian_of(inputs(200, k))
