@@ -26,6 +26,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from tests.foreign_checkpoints import Foreign, save_foreign
 from torchao_int4cpu import Int4OpaqueTensor, import_checkpoints
 from torchao_int4cpu import __main__ as cli
+from torchao_int4cpu.integrations import transformers_imports
+from torchao_int4cpu.integrations.transformers_imports import PACKAGES
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93, 238]])
@@ -277,10 +279,15 @@ def change_config(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_what_the_config_says_is_refused_at_once(
-    format: str, changes: dict[str, Any], message: str, tmp_path: Path
+    format: str,
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save_foreign(tmp_path, tiny_llama(), format)
     change_config(tmp_path, **changes)
+    monkeypatch.setattr(transformers_imports, "PACKAGES", dict.fromkeys(PACKAGES, "not_installed"))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
