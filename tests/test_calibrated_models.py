@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from tests.hugging_face_models import llama
-from tests.test_calibrate import CONFIG, batches
+from tests.test_calibrate import CONFIG, assert_same, batches
 from torchao_int4cpu import (
+    GPTQConfig,
     Int4OpaqueTensor,
     Int4TransposedTensor,
     Int4WeightOnlyConfig,
@@ -75,8 +76,12 @@ def test_models_of_transformers(make: Callable[[], Any]) -> None:
         for batch in (*seen, unseen):
             batch["decoder_input_ids"] = batch["input_ids"][:, :20]
     config.use_cache = cached = True
-    told = calibrate(model, seen, CONFIG, filter_fn=filter_fn, progress=False)
-    quantize_(rounded, Int4WeightOnlyConfig(32, int4_choose_qparams_algorithm="mse"), filter_fn)
+
+    def chosen(module: nn.Module, name: str) -> bool:  # a head is tied to an embedding
+        return filter_fn(module, name) and name != "lm_head"
+
+    told = calibrate(model, seen, CONFIG, filter_fn=chosen, progress=False)
+    quantize_(rounded, Int4WeightOnlyConfig(32, int4_choose_qparams_algorithm="mse"), chosen)
     assert config.use_cache is cached
     left = [weight for weight in told.rounded if "pooler" not in weight.name]
     assert left == []
@@ -101,7 +106,7 @@ def test_experts_have_inputs_of_their_own(implementation: str) -> None:
     model.set_experts_implementation(implementation)
     with torch.no_grad():
         model.model.layers[0].mlp.gate.weight[3] = -100.0 * model.model.layers[0].mlp.gate.weight[4]
-    reference = copy.deepcopy(model)
+    reference, nearest = copy.deepcopy(model), copy.deepcopy(model)
     config = FqnToConfig({r"re:.*experts\.(gate_up|down)_proj": CONFIG, r"re:.*proj\.weight": CONFIG})
     told = calibrate(model, tokens(24), config, enough_rows=200, progress=False)
     experts = [weight for weight in told.weights if "experts" in weight.name]
@@ -117,7 +122,10 @@ def test_experts_have_inputs_of_their_own(implementation: str) -> None:
     assert few == [weight for weight in experts if weight.rounded]
     for weight in few:
         assert weight.name in str(told)
-    assert loss(model, reference, tokens(1, seed=9)[0]) < 0.12
+    quantize_(nearest, config, filter_fn=None)
+    unseen = tokens(1, seed=9)[0]
+    assert loss(model, reference, unseen) < 0.95 * loss(nearest, reference, unseen)
+    assert model.config._experts_implementation == implementation
 
 
 def test_attention_of_torch() -> None:
@@ -172,3 +180,41 @@ def test_tied_weights_stay_tied() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert isinstance(model.lm_head.weight, Int4OpaqueTensor)
     assert told.rounded == []  # it is multiplied with as the head
+
+
+def test_tied_weights_in_two_steps() -> None:
+    """One 4-bit weight, for what reaches it as the head."""
+    torch.manual_seed(0)
+    model, expected = (llama(num_hidden_layers=1, tie_word_embeddings=True).eval() for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    kinds = (nn.Linear, nn.Embedding)
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, kinds)
+
+    quantize_(model, GPTQConfig("observe", CONFIG), filter_fn=chosen)
+    with torch.no_grad():
+        for batch in tokens(4):
+            model(**batch)
+    quantize_(model, GPTQConfig("convert", CONFIG), filter_fn=chosen)
+    calibrate(expected, tokens(4), CONFIG, filter_fn=chosen, sequential=False, progress=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("in_two_steps", [True, False])
+def test_a_tied_weight_that_is_half_chosen_is_told(in_two_steps: bool) -> None:
+    model = llama(num_hidden_layers=1, tie_word_embeddings=True).eval()
+    message = r"lm_head\.weight and model\.embed_tokens\.weight were one"
+    if in_two_steps:
+        quantize_(model, GPTQConfig("observe", CONFIG))
+        with torch.no_grad():
+            model(**tokens(4)[0])
+            model(**tokens(4)[1])
+        with pytest.warns(UserWarning, match=message):
+            quantize_(model, GPTQConfig("convert", CONFIG))
+    else:
+        with pytest.warns(UserWarning, match=message):
+            calibrate(model, tokens(4), CONFIG, progress=False)
+    assert isinstance(model.lm_head.weight, Int4OpaqueTensor)
+    assert type(model.model.embed_tokens.weight) is nn.Parameter

@@ -75,18 +75,18 @@ def test_losses_of_a_language_model(tmp_path: Path, texts: tuple[Path, Path]) ->
             divergence.append(float((p * (p / ours.softmax(-1)).log()).sum(-1).mean()))
     assert rows[3].perplexity == pytest.approx(math.exp(sum(nll) / 8), rel=1e-4)
     assert rows[3].divergence == pytest.approx(sum(divergence) / 8, rel=1e-3)
-    assert rows[0].divergence == 0.0
-    for row in rows[1:]:
-        assert row.divergence > 0
-    assert rows[2].divergence < rows[1].divergence
-    assert rows[4].divergence < rows[3].divergence
+    floats, *losses = [row.divergence for row in rows]
+    assert floats == 0.0
+    tinygemm_32, gptq_32, tinygemm_64, gptq_64 = (loss or 0.0 for loss in losses)
+    assert 0 < gptq_32 < tinygemm_32
+    assert 0 < gptq_64 < tinygemm_64
     assert rows[0].bits == 32
     assert rows[1].bits == 5.0
     # 64 and 160 columns in groups of 64: 1 and 2.5 of them, of which the last are padded
     assert 4.5 <= rows[3].bits < 5.0
     assert rows[0].nbytes > rows[1].nbytes > rows[3].nbytes
-    assert math.isnan(rows[1].cosine)
-    assert rows[1].sqnr > rows[3].sqnr > 15
+    assert rows[1].cosine is None
+    assert (rows[1].sqnr or 0) > (rows[3].sqnr or 0) > 15
 
 
 def test_an_encoder(
@@ -102,7 +102,7 @@ def test_an_encoder(
     floats, mse, gptq = rows
     assert abs(floats["cosine"] - 1) < 1e-6
     assert 0.9 < mse["cosine"] < gptq["cosine"] < 1 - 1e-7
-    assert math.isnan(mse["perplexity"])
+    assert mse["perplexity"] is None
     assert cli.main([*command, "--algorithms", "mse", "--plot", str(tmp_path / "a.svg")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [

@@ -85,7 +85,7 @@ ALL_REFUSED = (
 ALL_KEPT = ("pt-late",)
 
 #: In the fast tier one of this number of files is tried.
-EVERY = 20
+EVERY = 30
 
 
 # --- the tests -----------------------------------------------------------------------------------

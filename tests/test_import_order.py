@@ -166,6 +166,7 @@ STRANGERS = {
     "checkpoint": ["transformers", "vllm"],
     "importers": ["transformers", "vllm"],
     "quantize": ["transformers", "vllm"],
+    "calibration": ["transformers", "vllm"],
 }
 
 #: Every module, from the top; a folder that comes below its modules is their package.

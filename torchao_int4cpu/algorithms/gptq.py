@@ -9,7 +9,7 @@ far, where the error of a column counts as much as the squares of its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ def gptq(w: Tensor, hessian: Hessian, group_size: int, damping: float = DAMPING)
     """
     check_group_size(group_size)
     check_weight(w)
-    n, k = w.shape
+    k = w.shape[1]
     if list(hessian.sum.shape) != [k, k]:
         raise ValueError(
             f"the inputs have {hessian.sum.shape[0]} columns and the weight {k}; give the Hessian of "
@@ -76,29 +76,31 @@ def gptq(w: Tensor, hessian: Hessian, group_size: int, damping: float = DAMPING)
         )
     factor = hessian.inverse_factor(damping)
     importance = _importance(hessian.sum.diagonal())
-    value = choose_qparams(w, group_size, "mse")
-    signal = noise = 0.0
-    for rows in _rows(n, k):
-        exact = w.detach()[rows].float()
-        nearest, fitted = _part(value, rows), _fit(exact, factor, importance, group_size)
-        errors = [hessian.squared_outputs(exact - each.dequantize()) for each in (nearest, fitted)]
-        better = errors[1] <= errors[0]
-        value.codes[rows][better] = fitted.codes[better]
-        value.scale[rows][better] = fitted.scale[better]
-        value.zero[rows][better] = fitted.zero[better]
-        noise += float(torch.minimum(*errors).sum())
-        signal += float(hessian.squared_outputs(exact).sum())
-    return Fitted(value, (noise / signal) ** 0.5 if signal > 0 else 0.0)
+    return _fitted(w, hessian, group_size, lambda exact: _fit(exact, factor, importance, group_size))
 
 
 def rounded(w: Tensor, hessian: Hessian, group_size: int) -> Fitted:
     """Round a weight to nearest by ``mse``; arguments as for `gptq`."""
+    return _fitted(w, hessian, group_size, None)
+
+
+def _fitted(
+    w: Tensor, hessian: Hessian, group_size: int, fit: Callable[[Tensor], GroupwiseInt4] | None
+) -> Fitted:
+    """By ``mse``, but for the rows that ``fit`` makes better."""
     value = choose_qparams(w, group_size, "mse")
     noise = signal = 0.0
     for rows in _rows(*w.shape):
-        exact = w.detach()[rows].float()
-        change = exact - _part(value, rows).dequantize()
-        noise += float(hessian.squared_outputs(change).sum())
+        exact, part = w.detach()[rows].float(), _part(value, rows)
+        error = hessian.squared_outputs(exact - part.dequantize())
+        if fit is not None:
+            other = fit(exact)
+            its_error = hessian.squared_outputs(exact - other.dequantize())
+            better = its_error <= error
+            for name in ("codes", "scale", "zero"):
+                getattr(part, name)[better] = getattr(other, name)[better]
+            error = torch.minimum(error, its_error)
+        noise += float(error.sum())
         signal += float(hessian.squared_outputs(exact).sum())
     return Fitted(value, (noise / signal) ** 0.5 if signal > 0 else 0.0)
 

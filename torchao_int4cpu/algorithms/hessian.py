@@ -63,14 +63,13 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             "the inputs of the weight have NaN or infinite values, or their squares have; check the "
             "calibration data, and run a float16 model in bfloat16 or float32"
         )
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # nothing has reached these columns
-    mean = diagonal.mean()
+    squares = hessian.diagonal()
+    squares = torch.where(squares > 0, squares, 1.0)  # 1 where nothing has reached a column
     for attempt in range(DAMPING_TRIES):
         damped = hessian.clone()
-        damped.diagonal().add_(damping * 10**attempt * mean)
+        damped.diagonal().copy_(squares + damping * 10**attempt * squares.mean())
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # it is as large as the weight, or larger
         if bool(failed):
             continue
         upper: Tensor

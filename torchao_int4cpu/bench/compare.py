@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,15 @@ from torchao.quantization import quantize_
 
 from torchao_int4cpu.algorithms.choose_qparams import algorithm_named
 from torchao_int4cpu.calibration.blocks import Batch
-from torchao_int4cpu.calibration.calibrate import calibrate
+from torchao_int4cpu.calibration.calibrate import GPTQ, calibrate
+from torchao_int4cpu.calibration.run import Progress
+from torchao_int4cpu.calibration.targets import set_parameter
 from torchao_int4cpu.convert.directory import sqnr
 from torchao_int4cpu.convert.plan import make_plan
 from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
-
-#: The algorithm that needs a text for calibration.
-GPTQ = "gptq"
-
-#: Told of a step, and how many of how many are done.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,12 +37,12 @@ class Row:
         group_size: 0 for the model as it was.
         bits: a quantized weight, scales and zeros included.
         nbytes: of all parameters.
-        perplexity: on the evaluation text; NaN for a model without a language model's head.
+        perplexity: on the evaluation text; None for a model without a language model's head.
         divergence: Kullback-Leibler divergence of its next tokens from the float model's, in nats a
-            token; NaN likewise.
+            token; None likewise.
         cosine: of its embedding of a sequence (the mean of the last hidden states) and the float
-            model's, the mean; NaN for a model that has a head.
-        sqnr: median over the weights, in dB.
+            model's, the mean; None for a model that has a head.
+        sqnr: median over the weights, in dB; None for the model as it was.
         seconds: that quantizing took.
     """
 
@@ -55,10 +50,10 @@ class Row:
     group_size: int
     bits: float
     nbytes: int
-    perplexity: float
-    divergence: float
-    cosine: float
-    sqnr: float
+    perplexity: float | None
+    divergence: float | None
+    cosine: float | None
+    sqnr: float | None
     seconds: float
 
 
@@ -68,7 +63,7 @@ class _Variant:
     group_size: int
     weights: dict[str, Any]
     seconds: float = 0.0
-    sqnr: float = math.inf
+    sqnr: float | None = None
 
 
 def compare(
@@ -81,7 +76,6 @@ def compare(
     algorithms: Sequence[str] = ("tinygemm", "hqq", "mse", GPTQ),
     tokens: int = 32768,
     evaluation_tokens: int = 6144,
-    skip: Sequence[str] = (),
 ) -> list[Row]:
     """Quantize a model in each of these ways, and measure them.
 
@@ -94,7 +88,6 @@ def compare(
         algorithms: to try; ``"gptq"`` is `calibrate`.
         tokens: of the calibration text.
         evaluation_tokens: of the evaluation text.
-        skip: modules to keep dense, see `make_plan`.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -105,7 +98,7 @@ def compare(
             algorithm_named(name)
     if GPTQ in algorithms and calibration is None:
         raise ValueError("gptq needs a text for calibration; give --calibration, or leave gptq out")
-    plan = make_plan(folder, Int4WeightOnlyConfig(group_size=group_sizes[0]), skip=skip)
+    plan = make_plan(folder, Int4WeightOnlyConfig(group_size=group_sizes[0]))
     wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
     tokenizer, model_config = tokenizer_of(folder), plan.model_config
     ids = token_ids(read_text(evaluation), tokenizer, evaluation_tokens, model_config)
@@ -131,10 +124,9 @@ def compare(
     with torch.no_grad():
         for number, sequence in enumerate(rows):
             progress(f"sequence {number + 1} of {len(rows)}", len(ways) + number, total)
-            expected = _output(model, sequence)
+            expected = _output(model, sequence, {})
             for variant, loss in zip(variants, losses):
-                with _in_place(model, variant.weights):
-                    found = _output(model, sequence) if variant.weights else expected
+                found = _output(model, sequence, variant.weights) if variant.weights else expected
                 loss.add(sequence, found, expected)
     progress("done", total, total)
     return [_row(model, variant, loss) for variant, loss in zip(variants, losses)]
@@ -160,32 +152,15 @@ def _quantized(
         if isinstance(parameter, Int4OpaqueTensor)
     }
     for key in weights:
-        _set(model, key, before[key])
+        set_parameter(model, key, before[key])
     quality = [sqnr(before[key].detach(), weight.to_groupwise()) for key, weight in weights.items()]
     return _Variant(name, size, weights, seconds, statistics.median(quality))
 
 
-def _set(model: nn.Module, key: str, parameter: nn.Parameter) -> None:
-    module, _, last = key.rpartition(".")
-    setattr(model.get_submodule(module), last, parameter)
-
-
-@contextlib.contextmanager
-def _in_place(model: nn.Module, weights: dict[str, Any]) -> Iterator[None]:
-    before = {key: model.get_parameter(key) for key in weights}
-    for key, weight in weights.items():
-        _set(model, key, weight)
-    try:
-        yield
-    finally:
-        for key, weight in before.items():
-            _set(model, key, weight)
-
-
-def _output(model: Any, sequence: Tensor) -> tuple[str, Tensor]:
-    """Logits ``[T, V]`` of a language model, or the embedding ``[D]`` of another."""
-    options = {"decoder_input_ids": sequence[None]} if model.config.is_encoder_decoder else {}
-    result = model(input_ids=sequence[None], **options)
+def _output(model: Any, sequence: Tensor, weights: dict[str, Any]) -> tuple[str, Tensor]:
+    """Logits ``[T, V]`` of a language model, or the embedding ``[D]`` of another, by these weights."""
+    (batch,) = batches_of([sequence[None]], model.config)
+    result = torch.func.functional_call(model, weights, kwargs=batch)
     if getattr(result, "logits", None) is not None:
         return "logits", result.logits[0].float()
     return "embedding", result.last_hidden_state[0].float().mean(0)
@@ -217,20 +192,28 @@ def _row(model: nn.Module, variant: _Variant, loss: _Losses) -> Row:
     dense = sum(p.nbytes for key, p in model.named_parameters() if key not in variant.weights)
     bits = 8 * packed / numel if numel else 8.0 * next(model.parameters()).element_size()
 
-    def mean(values: list[float]) -> float:
-        return statistics.fmean(values) if values else math.nan
+    def mean(values: list[float]) -> float | None:
+        return statistics.fmean(values) if values else None
 
     return Row(
         variant.algorithm,
         variant.group_size,
         bits,
         packed + dense,
-        math.exp(mean(loss.nll)) if loss.nll else math.nan,
+        math.exp(statistics.fmean(loss.nll)) if loss.nll else None,
         mean(loss.divergence),
         mean(loss.cosine),
         variant.sqnr,
         variant.seconds,
     )
+
+
+def _loss(row: Row) -> float:
+    """What is drawn."""
+    if row.divergence is not None:
+        return row.divergence
+    assert row.cosine is not None
+    return 1 - row.cosine
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -243,21 +226,20 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     import_extra("matplotlib", "plot")
     from matplotlib.figure import Figure
 
-    is_model = not math.isnan(rows[0].perplexity)
+    speaks = rows[0].perplexity is not None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     panel = figure.subplots()
     for name in dict.fromkeys(row.algorithm for row in rows if row.algorithm):
         line = sorted((row for row in rows if row.algorithm == name), key=lambda row: row.nbytes)
         panel.plot(
             [row.nbytes / 1e6 for row in line],
-            [row.divergence if is_model else 1 - row.cosine for row in line],
+            [_loss(row) for row in line],
             "o-",
             label=name,
         )
         for row in line:
-            value = row.divergence if is_model else 1 - row.cosine
-            panel.annotate(str(row.group_size), (row.nbytes / 1e6, value), fontsize="small")
-    label = "KL divergence from the float model, nats a token" if is_model else "1 - cosine"
+            panel.annotate(str(row.group_size), (row.nbytes / 1e6, _loss(row)), fontsize="small")
+    label = "KL divergence from the float model, nats a token" if speaks else "1 - cosine"
     panel.set(xlabel="MB of weights (numbers: group size)", ylabel=label, yscale="log", title=title)
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torchao.quantization import FqnToConfig
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
 from torchao_int4cpu.calibration.blocks import Batch
 from torchao_int4cpu.calibration.run import ENOUGH_ROWS, Progress, Run
 from torchao_int4cpu.calibration.store import Store
-from torchao_int4cpu.calibration.targets import CalibratedWeight, choose
+from torchao_int4cpu.calibration.targets import CalibratedWeight, choose, left_behind
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
-from torchao_int4cpu.quantize.report import Chosen
+from torchao_int4cpu.quantize.parameter import warn_untied
+from torchao_int4cpu.quantize.run import chosen_by
+
+#: The name of this way of quantizing, beside those of `algorithms.choose_qparams`.
+GPTQ = "gptq"
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,16 @@ def calibrate(
         )
         run.store = None if resume is None else Store(Path(resume), run.settings())
         before = {target: target.weight for target in targets}
+        untied = left_behind(model, targets)
         try:
             run.stages()
         except BaseException:
             for target, weight in before.items():
                 target.put(weight)
             raise
-    report.tell(model, Chosen.BY_NAME if isinstance(config, FqnToConfig) else Chosen.BY_FILTER)
+    for name, others in untied.items():
+        warn_untied(name, others)
+    report.tell(model, chosen_by(config))
     return Calibration(run.told)
 
 
@@ -178,25 +184,29 @@ def progress_bar(progress: bool | Progress) -> Iterator[Progress]:
 def prepared(model: nn.Module) -> Iterator[None]:
     """Without dropout, gradients, a cache of keys and values, or products that cannot be seen."""
     modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
     fast = torch.backends.mha.get_fastpath_enabled()
-    experts = getattr(config, "_experts_implementation", None)
-    gathers = experts == "batched_mm"  # copies of the experts' weights
+    # Of transformers; parts of a model have configs of their own.
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", None)]
+    gathering = [  # copies of the experts' weights
+        config
+        for config in configs.values()
+        if getattr(config, "_experts_implementation", None) == "batched_mm"
+    ]
     try:
-        if gathers:
-            model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
-        if cached:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in cached:
+            config.use_cache = False
+        for config in gathering:
+            config._experts_implementation = "grouped_mm"
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        if gathers:
-            model.set_experts_implementation(experts)  # type: ignore[operator]
         for module, mode in modes.items():
             module.training = mode
-        if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
+        for config in cached:
+            config.use_cache = True
+        for config in gathering:
+            config._experts_implementation = "batched_mm"

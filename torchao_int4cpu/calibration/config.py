@@ -18,9 +18,10 @@ from torchao_int4cpu.calibration.observer import Observer
 from torchao_int4cpu.calibration.run import ENOUGH_ROWS
 from torchao_int4cpu.calibration.targets import Target, watchable
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig, quantize_module
-from torchao_int4cpu.quantize.parameter import choosing_only
+from torchao_int4cpu.quantize.parameter import choosing_only, replace_weight
 from torchao_int4cpu.quantize.report import LOGGER, warn_user
 from torchao_int4cpu.quantize.run import current_run, makes_ours
+from torchao_int4cpu.tensor.transposed import Int4Weight
 
 STEPS = ("observe", "convert")
 
@@ -121,7 +122,11 @@ def _handle(module: nn.Module, config: GPTQConfig, *, parameter_name: str = "wei
             f"{targets[0].name} was not observed; call quantize_ with step='observe' first, and run "
             "the model on some batches"
         )
-    _convert(targets, observed.observers[parameter_name], config)
+    run = current_run()
+    if run is not None:
+        run.begin()  # it is told of what becomes 4-bit
+    for target in targets:
+        _convert(target, config)
     del observed.observers[parameter_name]
     if not observed.observers:
         observed.remove()
@@ -129,26 +134,33 @@ def _handle(module: nn.Module, config: GPTQConfig, *, parameter_name: str = "wei
     return module
 
 
-def _convert(targets: list[Target], observer: Observer, config: GPTQConfig) -> None:
-    observer.share_equal()
-    done = []
-    for target in targets:
-        watched = observer.watched.get(target.name)
-        if watched is not None and not any(watched.rows):
-            raise ValueError(
-                f"no input has reached {target.name} since it is observed; run the model on some "
-                "batches"
-            )
-        hessians = None if watched is None else watched.hessians
-        done.append((target, *target.quantized(hessians, config.enough_rows, config.percdamp)))
-    run = current_run()
-    if run is not None:
-        run.begin()  # it is told of what becomes 4-bit
-    for target, quantized, told in done:
-        target.put(quantized)
-        rounded = [each for each in told if each.rounded]
+def _convert(target: Target, config: GPTQConfig) -> None:
+    """Make a weight 4-bit for all that has reached it, in whichever modules."""
+    seen = [
+        watched
+        for observed in _OBSERVED.values()
+        for observer in observed.observers.values()
+        for watched in observer.watched.values()
+        if watched.weight.data_ptr() == target.weight.data_ptr()
+    ]
+    if seen and not any(any(watched.rows) for watched in seen):
+        raise ValueError(
+            f"no input has reached {target.name} since it is observed; run the model on some batches"
+        )
+
+    def make() -> Int4Weight:
+        hessians = seen[0].hessians if seen else None
+        for other in seen[1:]:
+            for hessian, more in zip(seen[0].hessians, other.hessians):
+                hessian.add(more.sum, more.rows)
+        quantized, told = target.quantized(hessians, config.enough_rows, config.percdamp)
         error = statistics.median(each.error for each in told)
         LOGGER.info("%s is 4-bit; its outputs are %.1f%% off", target.name, 100 * error)
+        rounded = [each for each in told if each.rounded]
         if rounded:
             names = ", ".join(each.name for each in rounded)
             warn_user(f"rounded by mse, as {rounded[0].rounded}: {names}", 4)
+        return quantized
+
+    (holder,) = target.holders
+    replace_weight(holder.module, holder.parameter_name, holder.group_size, "gptq", make)

@@ -61,6 +61,12 @@ class Memory:
         yield
 
 
+def rows_of_blocks(model: nn.Module, targets: list[Target]) -> list[dict[str, nn.Module]]:
+    """The blocks that have weights of these, row by row; see `containers`."""
+    modules = {holder.module for target in targets for holder in target.holders}
+    return containers(model, lambda block: any(module in modules for module in block.modules()))
+
+
 class Run:
     """One calibration of a model, which is changed.
 
@@ -131,11 +137,8 @@ class Run:
         self.tell("done", self._total, self._total)
 
     def _order(self) -> list[Chain | list[Target]]:
-        in_blocks: dict[str, dict[str, nn.Module]] = {}
-        modules = {holder.module for target in self.targets for holder in target.holders}
-        for blocks in containers(self.model, lambda block: any(m in modules for m in block.modules())):
-            in_blocks |= dict.fromkeys(blocks, blocks)
-        watched = {name: blocks[name] for name, blocks in in_blocks.items()}
+        rows = rows_of_blocks(self.model, self.targets)
+        watched = {name: block for row in rows for name, block in row.items()}
         loose = {target.name: target for target in self.targets}
         names = {id(module): name for name, module in self.model.named_modules()}
         watched |= {names[id(target.module)]: target.module for target in self.targets}
@@ -143,8 +146,8 @@ class Run:
         with self.memory.running(None):
             probe.run(self.model, self.batches[0], last=self.memory.last)
         chains: dict[str, Chain] = {}
-        for blocks in {id(blocks): blocks for blocks in in_blocks.values()}.values():
-            for chain in self._confirmed(probe, blocks):
+        for row in rows:
+            for chain in self._confirmed(probe, row):
                 chains[next(iter(chain.blocks))] = chain
                 for block in chain.blocks.values():  # not what several blocks share
                     for target in self._targets_in(block):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,6 @@ class States:
         self._tensors: list[Tensor | None] = [None] * len(tensors)
         for i, tensor in enumerate(tensors):
             self[i] = tensor
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter(self._tensors)
 
     def __getitem__(self, i: int) -> Tensor | None:
         return self._tensors[i]

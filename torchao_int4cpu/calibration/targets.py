@@ -19,7 +19,7 @@ from torchao_int4cpu.format.packing import pack_into
 from torchao_int4cpu.quantize.filters import is_input_first
 from torchao_int4cpu.quantize.parameter import ChosenWeight, choosing_only, show_in_repr
 from torchao_int4cpu.quantize.report import Report
-from torchao_int4cpu.quantize.run import makes_ours, reported_together
+from torchao_int4cpu.quantize.run import makes_ours, reported_together, shared_parameters
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 
@@ -163,6 +163,24 @@ def choose(
     for each in found:
         by_weight.setdefault(id(each.weight), []).append(each)
     return [Target(tuple(holders)) for holders in by_weight.values()], report
+
+
+def left_behind(model: nn.Module, targets: Iterable[Target]) -> dict[str, list[str]]:
+    """By the name of a target: others under which its weight stays as it is, in modules not chosen."""
+    shared = shared_parameters(model)
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        chosen = {(id(holder.module), holder.parameter_name) for holder in target.holders}
+        for holder in shared.get(id(target.weight), []):
+            if (id(holder.module), holder.parameter) not in chosen:
+                found.setdefault(target.name, []).append(f"{holder.fqn}.{holder.parameter}")
+    return found
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter into its place, by its name in the model."""
+    module, _, last = name.rpartition(".")
+    setattr(model.get_submodule(module), last, parameter)
 
 
 def watchable(targets: Iterable[Target]) -> dict[str, tuple[nn.Module, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torchao_int4cpu.bench import layers as bench
 from torchao_int4cpu.bench import plot
 from torchao_int4cpu.commands import bench_model, bench_moe, bench_views
-from torchao_int4cpu.commands.environment import cpu_name, environment
+from torchao_int4cpu.commands.environment import cpu_name, environment, show
 from torchao_int4cpu.commands.options import DTYPES, Commands, shape
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 
@@ -61,10 +61,8 @@ def run(args: argparse.Namespace) -> int:
         where["peak GFLOP/s"] = round(limits.gflop_per_s, 1)
     if limits.int8_gflop_per_s is not None:
         where["peak GFLOP/s in 8 bits"] = round(limits.int8_gflop_per_s, 1)
-    if args.json:
-        print(json.dumps(where))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
+    show(where, args.json)
+    if not args.json:
         print(
             f"{'N':>6} {'K':>6} {'M':>5} {'group':>5} {'dtype':<8} {'kernel':<17} {'ms':>9}"
             f" {'limit':>8} {'read':>8} {'GB/s':>6} {'of read':>7} {'GFLOP/s':>8} {'x bf16':>6}"

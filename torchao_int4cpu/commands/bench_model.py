@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.bench import model as bench_model
 from torchao_int4cpu.bench import model_variants
-from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.commands.environment import environment, show
 from torchao_int4cpu.commands.progress import Steps
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
@@ -77,11 +77,11 @@ def run(args: argparse.Namespace) -> int:
         "batch sizes": args.batch_sizes,
         "passes": args.passes,
     }
+    show(where, args.json)
     if args.json:
-        for line in (where, *map(asdict, rows)):
-            print(json.dumps(line))
+        for row in rows:
+            print(json.dumps(asdict(row)))
     else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
         _print_model_rows(rows)
     return 0
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 
 from torchao_int4cpu.bench import experts as bench_moe
 from torchao_int4cpu.bench import layers as bench
-from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.commands.environment import environment, show
 from torchao_int4cpu.commands.options import DTYPES, shape
 
 #: Options of bench that mean something only with --moe.
@@ -42,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "passes": args.passes,
     }
-    if args.json:
-        print(json.dumps(where))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
+    show(where, args.json)
+    if not args.json:
         print(
             f"{'pairs':>6} {'kernel':<16} {'ms':>9} {'limit':>8} {'GB/s':>6} {'x hit only':>10}"
             f" {'x bf16':>6} {'error':>7}"

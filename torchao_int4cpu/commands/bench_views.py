@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 
 from torchao_int4cpu.bench import views as bench_views
-from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.commands.environment import environment, show
 
 
 def add_to(command: argparse.ArgumentParser) -> None:
@@ -18,10 +18,8 @@ def add_to(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print measured rows."""
     where = environment() | {"group": args.group_size, "passes": args.passes}
-    if args.json:
-        print(json.dumps(where))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
+    show(where, args.json)
+    if not args.json:
         print(f"{'N':>6} {'K':>6} {'operation':<22} {'result':<6} {'ms':>9} {'bf16 ms':>9} {'MB':>7}")
     for row in bench_views.run(args.shapes, group_size=args.group_size, passes=args.passes):
         if args.json:

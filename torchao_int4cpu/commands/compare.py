@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
-from torchao_int4cpu.bench.compare import GPTQ, Row, compare, draw
+from torchao_int4cpu.bench.compare import Row, compare, draw
 from torchao_int4cpu.bench.plot import require_matplotlib
-from torchao_int4cpu.calibration.calibrate import progress_bar
-from torchao_int4cpu.commands.environment import environment
+from torchao_int4cpu.calibration.calibrate import GPTQ, progress_bar
+from torchao_int4cpu.commands.environment import environment, show
 from torchao_int4cpu.commands.options import Commands
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 
@@ -66,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
         "evaluation": str(args.evaluation),
         "evaluation tokens": args.evaluation_tokens,
     }
+    show(where, args.json)
     if args.json:
-        for line in (where, *map(asdict, rows)):
-            print(json.dumps(line))
+        for row in rows:
+            print(json.dumps(asdict(row)))
     else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
         _print_rows(rows)
     if args.plot is not None:
         draw(rows, args.plot, f"{args.source.name} in 4 bits")
@@ -78,16 +77,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
-    is_model = not math.isnan(rows[0].perplexity)
-    loss = f"{'perplexity':>10} {'':>7} {'KL':>8}" if is_model else f"{'1 - cosine':>10}"
+    floats = rows[0].perplexity
+    loss = f"{'1 - cosine':>10}" if floats is None else f"{'perplexity':>10} {'':>7} {'KL':>8}"
     print(f"{'algorithm':<9} {'group':>5} {'bits':>6} {'MB':>8} {loss} {'SQNR dB':>7} {'seconds':>7}")
     for row in rows:
-        if is_model:
-            more = f"{100 * (row.perplexity / rows[0].perplexity - 1):+.1f}%" if row.algorithm else ""
+        if floats is not None and row.perplexity is not None:
+            more = f"{100 * (row.perplexity / floats - 1):+.1f}%" if row.algorithm else ""
             loss = f"{row.perplexity:>10.2f} {more:>7} {row.divergence:>8.3g}"
-        else:
+        elif row.cosine is not None:
             loss = f"{1 - row.cosine:>10.2e}"
-        quality = f"{row.sqnr:.1f}" if row.algorithm else "-"
+        quality = "-" if row.sqnr is None else f"{row.sqnr:.1f}"
         print(
             f"{row.algorithm or 'float':<9} {row.group_size or '-':>5} {row.bits:>6.2f}"
             f" {row.nbytes / 1e6:>8.1f} {loss} {quality:>7} {row.seconds:>7.1f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 
 import torch
@@ -27,6 +28,14 @@ def environment() -> dict[str, object]:
         "kernel chosen": get_kernel(),
         "activations": get_activations() or "as the kernel takes them",
     }
+
+
+def show(where: dict[str, object], as_json: bool) -> None:
+    """Print what a measurement names, before its rows."""
+    if as_json:
+        print(json.dumps(where))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in where.items()))
 
 
 def cpu_name() -> str:

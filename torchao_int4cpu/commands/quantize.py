@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
 from torchao_int4cpu.calibration.blocks import Batch
-from torchao_int4cpu.calibration.calibrate import Calibration, progress_bar
+from torchao_int4cpu.calibration.calibrate import GPTQ, Calibration, progress_bar
 from torchao_int4cpu.calibration.store import Store
 from torchao_int4cpu.calibration.targets import CalibratedWeight
 from torchao_int4cpu.commands.options import DTYPES, Commands
@@ -21,8 +21,8 @@ from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
-#: The algorithm that looks at the inputs of a weight.
-GPTQ = "gptq"
+#: Of a calibration text, if nothing is said.
+TOKENS = 32768
 
 
 def add_to(commands: Commands) -> None:
@@ -45,7 +45,7 @@ def add_to(commands: Commands) -> None:
         metavar="FILE",
         help="text like that the model is used on: .txt, or .jsonl with 'text' in each line",
     )
-    command.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
+    command.add_argument("--tokens", type=int, help=f"of the calibration text ({TOKENS})")
     command.add_argument(
         "--skip",
         action="append",
@@ -68,11 +68,14 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print what became of the tensors."""
     calibrates = args.algorithm == GPTQ
-    if calibrates != (args.calibration is not None):
-        raise ValueError(
-            f"--algorithm {args.algorithm} {'needs' if calibrates else 'takes no'} --calibration; "
-            f"{'give a text file' if calibrates else f'choose --algorithm {GPTQ}, or leave it out'}"
-        )
+    if calibrates and args.calibration is None:
+        raise ValueError(f"--algorithm {GPTQ} needs --calibration; give a text file")
+    for option in ("calibration", "tokens"):
+        if not calibrates and getattr(args, option) is not None:
+            raise ValueError(
+                f"--algorithm {args.algorithm} takes no --{option}; choose --algorithm {GPTQ}, or "
+                "leave it out"
+            )
     config = Int4WeightOnlyConfig(
         group_size=args.group_size,
         int4_choose_qparams_algorithm="mse" if calibrates else args.algorithm,
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if calibrates:
-            batches = _batches(plan, args.calibration, args.tokens)
+            batches = _batches(plan, args.calibration, TOKENS if args.tokens is None else args.tokens)
             with progress_bar(True) as tell:
                 store, told = calibrate_directory(plan, batches, folder, tell)
         with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:

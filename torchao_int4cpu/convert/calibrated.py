@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
-from torchao_int4cpu.calibration.blocks import Batch, Chain, containers
+from torchao_int4cpu.calibration.blocks import Batch, Chain
 from torchao_int4cpu.calibration.calibrate import check_batches, prepared
-from torchao_int4cpu.calibration.run import Memory, Progress, Run
+from torchao_int4cpu.calibration.run import Memory, Progress, Run, rows_of_blocks
 from torchao_int4cpu.calibration.store import Store
-from torchao_int4cpu.calibration.targets import CalibratedWeight, choose
+from torchao_int4cpu.calibration.targets import CalibratedWeight, choose, set_parameter
 from torchao_int4cpu.checkpoint.safetensors import Source, read_header
 from torchao_int4cpu.convert.directory import read
-from torchao_int4cpu.convert.plan import Names, Plan, expert_number, set_dtype
+from torchao_int4cpu.convert.plan import Names, Plan, ends, expert_number, set_dtype
 from torchao_int4cpu.extras import import_extra
 
 
@@ -56,10 +56,7 @@ def calibrate_directory(
     tensors = _Tensors(model, [source for file in files for source in read_header(file)])
     wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
     targets, _ = choose(model, plan.config, lambda module, name: f"{name}.weight" in wanted)
-    modules = {holder.module for target in targets for holder in target.holders}
-    blocks: dict[str, nn.Module] = {}
-    for found in containers(model, lambda block: any(m in modules for m in block.modules())):
-        blocks |= found
+    blocks = {name: block for row in rows_of_blocks(model, targets) for name, block in row.items()}
     inside = {module for block in blocks.values() for module in block.modules()}
     targets = [target for target in targets if target.module in inside]
     if not targets:
@@ -140,18 +137,17 @@ class _OneBlock(Memory):
         self.store: Store | None = None
         self._blocks, self._tensors = blocks, tensors
         inside = {id(p) for block in blocks.values() for p in block.parameters()}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        unused = set() if head is None else {id(p) for p in head.parameters()}
-        source = model.get_input_embeddings()
-        unused -= {id(p) for p in source.parameters()}
+        source, head = (module or nn.Module() for module in ends(model))
+        unused = {id(p) for p in head.parameters()} - {id(p) for p in source.parameters()}
         for name, parameter in list(model.named_parameters()):
             if id(parameter) in inside | unused or name not in tensors:
                 continue
-            module, _, last = name.rpartition(".")
             numbers = tensors.read(name)
-            if model.get_submodule(module) is not source:  # of a mapped file, and large
+            if (
+                model.get_submodule(name.rpartition(".")[0]) is not source
+            ):  # of a mapped file, and large
                 numbers = numbers.float()
-            setattr(model.get_submodule(module), last, nn.Parameter(numbers, requires_grad=False))
+            set_parameter(model, name, nn.Parameter(numbers, requires_grad=False))
         for name, _ in list(model.named_buffers()):
             if name in tensors:
                 module, _, last = name.rpartition(".")
@@ -175,12 +171,12 @@ class _OneBlock(Memory):
                     f"{name}.{key} has shape {list(numbers.shape)} where the model has "
                     f"{list(parameter.shape)}; config.json and the weights are of two models"
                 )
-            _set(block, key, nn.Parameter(numbers, requires_grad=False))
+            set_parameter(block, key, nn.Parameter(numbers, requires_grad=False))
         try:
             yield
         finally:
             for key, parameter in before.items():
-                _set(block, key, parameter)
+                set_parameter(block, key, parameter)
 
     @contextlib.contextmanager
     def running(self, without: Chain | None) -> Iterator[None]:
@@ -198,7 +194,7 @@ class _OneBlock(Memory):
             for key, _ in list(block.named_parameters()):
                 done = self.store.find(f"{name}.{key}")
                 if done is not None:
-                    _set(block, key, nn.Parameter(done[0], requires_grad=False))
+                    set_parameter(block, key, nn.Parameter(done[0], requires_grad=False))
 
 
 class _Visit:
@@ -223,8 +219,3 @@ class _Visit:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def _set(block: nn.Module, key: str, parameter: nn.Parameter) -> None:
-    module, _, last = key.rpartition(".")
-    setattr(block.get_submodule(module), last, parameter)

@@ -159,7 +159,7 @@ def empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> Any
 
 def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
     """Names of the modules to quantize, before ``skip``: linear layers, and what is asked for."""
-    source, output = _ends(model)
+    source, output = ends(model)
     tied = output is not None and output.weight is getattr(source, "weight", None)
     if head and tied and not embeddings:
         raise ValueError(
@@ -180,7 +180,7 @@ def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
     return {name for name, module in model.named_modules() if is_included(module)}
 
 
-def _ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """The input embedding and the output head; None where the model has none or cannot tell."""
     try:
         return model.get_input_embeddings(), model.get_output_embeddings()
@@ -204,7 +204,7 @@ def _quantizer(
     """transformers' config and its quantizer, set up for the model; both sets are of modules."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    source, output = _ends(model)
+    source, output = ends(model)
     modules = [model.get_submodule(name) for name in chosen]
     embeddings = any(module is source for module in modules)
     # transformers applies a plain config to linear layers only. One by name reaches the embedding, but

@@ -171,7 +171,13 @@ def speaks(model_config: Any) -> bool:
 
 
 def token_ids(text: str, tokenizer: Any, tokens: int, model_config: Any) -> list[Tensor]:
-    """Of a text, as is right for a model: `sequences`, or `lines`; int64 ``[S, tokens]``, several."""
+    """Of a text, as is right for a model: `sequences`, or `lines`; int64 ``[S, tokens]``, several.
+
+    Raises:
+        ValueError: ``tokens`` is not positive, or the text has hardly any.
+    """
+    if tokens < 1:
+        raise ValueError(f"got {tokens} tokens to take of a text; it must be 1 or more, 32768 is usual")
     names = ("max_position_embeddings", "n_positions")
     limits = [getattr(model_config, name, None) for name in names]
     most = min([limit for limit in limits if isinstance(limit, int)], default=LENGTH)

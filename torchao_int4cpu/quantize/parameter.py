@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -74,20 +74,43 @@ def quantize_parameter(module: nn.Module, parameter_name: str, group_size: int, 
         return True
     if is_sharded(weight):
         return _quantize_shard(module, parameter_name, weight, group_size, algorithm)
-    recipe = _Recipe(group_size, str(algorithm), _writes(weight))
-    shared = _shared_replacement(weight, recipe)
-    if shared is None or weight.is_inference():
+
+    def make() -> Int4Weight:
         try:
-            quantized = _quantized(module, weight, group_size, algorithm)
+            return _quantized(module, weight, group_size, algorithm)
         except (TypeError, ValueError) as error:
             name = name_of(module, parameter_name)
             raise type(error)(f"{name}: {error}. {progress()}") from error
+
+    replace_weight(module, parameter_name, group_size, str(algorithm), make)
+    return True
+
+
+def replace_weight(
+    module: nn.Module,
+    parameter_name: str,
+    group_size: int,
+    algorithm: str,
+    make: Callable[[], Int4Weight],
+) -> None:
+    """Replace a float parameter by its 4-bit form, or by that which another module got for the same.
+
+    Args:
+        module: which has it.
+        parameter_name: of the float parameter.
+        group_size, algorithm: another form is shared if these are the same.
+        make: gives the 4-bit form, if there is none to share.
+    """
+    weight = getattr(module, parameter_name)
+    recipe = _Recipe(group_size, algorithm, _writes(weight))
+    shared = _shared_replacement(weight, recipe)
+    if shared is None or weight.is_inference():
+        quantized = make()
         if shared is None or not torch.equal(quantized, shared):
             shared = nn.Parameter(quantized, requires_grad=False)
         _REPLACED[weight] = _Replacement(recipe, weakref.ref(shared), _writes(shared))
     _replace(module, parameter_name, shared)
     show_in_repr(module)
-    return True
 
 
 def show_in_repr(module: nn.Module) -> None:
@@ -177,7 +200,7 @@ def _replace(module: nn.Module, parameter_name: str, quantized: nn.Parameter) ->
     others = left_behind(module, parameter_name)
     setattr(module, parameter_name, quantized)
     if others:
-        _warn_untied(name_of(module, parameter_name), others)
+        warn_untied(name_of(module, parameter_name), others)
 
 
 def _quantized(module: nn.Module, weight: Tensor, group_size: int, algorithm: str) -> Int4Weight:
@@ -229,7 +252,8 @@ def _writes(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _warn_untied(name: str, others: list[str]) -> None:
+def warn_untied(name: str, others: list[str]) -> None:
+    """Warn that a parameter is 4-bit now, and was one with others that are not."""
     warn_user(
         f"{name} and {', '.join(others)} were one parameter, and only {name} is 4-bit now: they are "
         "tied no longer. Whatever ties them again, as tie_weights() of transformers, drops the 4-bit "

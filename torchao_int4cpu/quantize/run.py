@@ -308,6 +308,13 @@ def makes_ours(config: object) -> bool:
     return isinstance(config, TorchAOInt4WeightOnlyConfig) and config.int4_packing_format == OPAQUE
 
 
+def chosen_by(config: object) -> Chosen:
+    """What says which weights become 4-bit in a `quantize_` with this config."""
+    if not isinstance(config, FqnToConfig):
+        return Chosen.BY_FILTER
+    return Chosen.BY_DEFAULT if "_default" in config.fqn_to_config else Chosen.BY_NAME
+
+
 def _follow_filter(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the function that visits a model by a filter: it calls itself for each child."""
 
@@ -359,8 +366,7 @@ def _begin_by_name(module: nn.Module, fqn: str, config: FqnToConfig) -> None:
                 "_default" in config.fqn_to_config and isinstance(holder.module, nn.Linear)
             )
 
-        chosen = Chosen.BY_DEFAULT if "_default" in config.fqn_to_config else Chosen.BY_NAME
-        _by_name.set((Run(module, is_chosen, chosen, makes_ours(config)), config))
+        _by_name.set((Run(module, is_chosen, chosen_by(config), makes_ours(config)), config))
 
 
 def _run_by_name(config: FqnToConfig) -> Run | None:
