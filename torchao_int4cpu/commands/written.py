@@ -32,7 +32,7 @@ def bytes_of(source: Path) -> int:
 
 def interrupted() -> int:
     """Say what to do after Ctrl-C; return the exit status."""
-    print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+    print("interrupted; the same command goes on with what is done", file=sys.stderr)
     return 130
 
 
