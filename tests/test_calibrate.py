@@ -283,8 +283,8 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         arguments: dict[str, Any] = {"batches": batches(), "config": CONFIG} | changed
         with pytest.raises(ValueError, match="from a run with other settings, batches or weights"):
             calibrate(blocks(), progress=False, resume=tmp_path / "a", **arguments)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/notes").touch()
+    (tmp_path / "b/weights").mkdir(parents=True)
+    (tmp_path / "b/weights/notes").touch()
     with pytest.raises(ValueError, match="holds other files"):
         calibrate(blocks(), batches(), CONFIG, progress=False, resume=tmp_path / "b")
 

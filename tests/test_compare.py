@@ -48,6 +48,7 @@ def test_losses_of_a_language_model(tmp_path: Path, texts: tuple[Path, Path]) ->
         nothing,
         group_sizes=[32, 64],
         algorithms=["tinygemm", "gptq"],
+        target_bits=[4.8],
         tokens=2048,
         evaluation_tokens=512,
     )
@@ -57,6 +58,7 @@ def test_losses_of_a_language_model(tmp_path: Path, texts: tuple[Path, Path]) ->
         ("gptq", 32),
         ("tinygemm", 64),
         ("gptq", 64),
+        ("gptq", 0),
     ]
     ids = sequences(read_text(evaluation), tokenizer_of(source), 512, 64)
     assert ids.shape == (8, 64)
@@ -77,9 +79,11 @@ def test_losses_of_a_language_model(tmp_path: Path, texts: tuple[Path, Path]) ->
     assert rows[3].divergence == pytest.approx(sum(divergence) / 8, rel=1e-3)
     floats, *losses = [row.divergence for row in rows]
     assert floats == 0.0
-    tinygemm_32, gptq_32, tinygemm_64, gptq_64 = (loss or 0.0 for loss in losses)
+    tinygemm_32, gptq_32, tinygemm_64, gptq_64, mixed = (loss or 0.0 for loss in losses)
     assert 0 < gptq_32 < tinygemm_32
     assert 0 < gptq_64 < tinygemm_64
+    assert gptq_32 < mixed < tinygemm_64
+    assert rows[4].bits < rows[5].bits <= 4.8
     assert rows[0].bits == 32
     assert rows[1].bits == 5.0
     # 64 and 160 columns in groups of 64: 1 and 2.5 of them, of which the last are padded
@@ -103,7 +107,8 @@ def test_an_encoder(
     assert abs(floats["cosine"] - 1) < 1e-6
     assert 0.9 < mse["cosine"] < gptq["cosine"] < 1 - 1e-7
     assert mse["perplexity"] is None
-    assert cli.main([*command, "--algorithms", "mse", "--plot", str(tmp_path / "a.svg")]) == 0
+    plot = ["--target-bits", "5", "--plot", str(tmp_path / "a.svg")]
+    assert cli.main([*command, "--algorithms", "mse", *plot]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [
         "algorithm",
@@ -119,6 +124,7 @@ def test_an_encoder(
     ]
     assert lines[2].startswith("float")
     assert lines[3].startswith("mse          64")
+    assert lines[4].startswith("gptq      mixed")
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 

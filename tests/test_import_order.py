@@ -92,6 +92,8 @@ MODULES = {
         "states",
         "targets",
         "store",
+        "work",
+        "bits",
         "run",
         "calibrate",
         "config",

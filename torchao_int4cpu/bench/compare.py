@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         algorithm: empty for the model as it was.
-        group_size: 0 for the model as it was.
+        group_size: 0 for the model as it was, and where weights have several.
         bits: a quantized weight, scales and zeros included.
         nbytes: of all parameters.
         perplexity: on the evaluation text; None for a model without a language model's head.
@@ -74,6 +74,7 @@ def compare(
     *,
     group_sizes: Sequence[int] = (32, 64, 128),
     algorithms: Sequence[str] = ("tinygemm", "hqq", "mse", GPTQ),
+    target_bits: Sequence[float] = (),
     tokens: int = 32768,
     evaluation_tokens: int = 6144,
 ) -> list[Row]:
@@ -86,6 +87,7 @@ def compare(
         progress: told of each step.
         group_sizes: to try.
         algorithms: to try; ``"gptq"`` is `calibrate`.
+        target_bits: to try, each one more way of ``"gptq"``.
         tokens: of the calibration text.
         evaluation_tokens: of the evaluation text.
 
@@ -96,7 +98,7 @@ def compare(
     for name in algorithms:
         if name != GPTQ:
             algorithm_named(name)
-    if GPTQ in algorithms and calibration is None:
+    if (GPTQ in algorithms or target_bits) and calibration is None:
         raise ValueError("gptq needs a text for calibration; give --calibration, or leave gptq out")
     plan = make_plan(folder, Int4WeightOnlyConfig(group_size=group_sizes[0]))
     wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
@@ -114,12 +116,14 @@ def compare(
     def chosen(module: nn.Module, name: str) -> bool:
         return f"{name}.weight" in wanted
 
-    ways = [(name, size) for size in group_sizes for name in algorithms]
+    ways: list[tuple[str, int, float | None]]
+    ways = [(name, size, None) for size in group_sizes for name in algorithms]
+    ways += [(GPTQ, 0, bits) for bits in target_bits]
     total = len(ways) + len(rows)
     variants = [_Variant("", 0, {})]
-    for done, (name, size) in enumerate(ways):
-        progress(f"{name}, groups of {size}", done, total)
-        variants.append(_quantized(model, chosen, name, size, batches))
+    for done, (name, size, bits) in enumerate(ways):
+        progress(f"{name}, {f'groups of {size}' if bits is None else f'{bits} bits'}", done, total)
+        variants.append(_quantized(model, chosen, name, size, bits, batches))
     losses = [_Losses() for _ in variants]
     with torch.no_grad():
         for number, sequence in enumerate(rows):
@@ -133,16 +137,21 @@ def compare(
 
 
 def _quantized(
-    model: Any, chosen: Callable[[nn.Module, str], bool], name: str, size: int, batches: list[Batch]
+    model: Any,
+    chosen: Callable[[nn.Module, str], bool],
+    name: str,
+    size: int,
+    bits: float | None,
+    batches: list[Batch],
 ) -> _Variant:
     """The weights of a way by their names; the model is as it was afterwards."""
     before = {key: p for key, p in model.named_parameters() if isinstance(p, nn.Parameter)}
     config = Int4WeightOnlyConfig(
-        group_size=size, int4_choose_qparams_algorithm="mse" if name == GPTQ else name
+        group_size=size or 128, int4_choose_qparams_algorithm="mse" if name == GPTQ else name
     )
     start = time.perf_counter()
     if name == GPTQ:
-        calibrate(model, batches, config, filter_fn=chosen, progress=False)
+        calibrate(model, batches, config, filter_fn=chosen, target_bits=bits, progress=False)
     else:
         quantize_(model, config, filter_fn=chosen)
     seconds = time.perf_counter() - start
@@ -208,6 +217,11 @@ def _row(model: nn.Module, variant: _Variant, loss: _Losses) -> Row:
     )
 
 
+def size_of(row: Row) -> str:
+    """What a table says of the group size."""
+    return str(row.group_size or ("mixed" if row.algorithm else "-"))
+
+
 def _loss(row: Row) -> float:
     """What is drawn."""
     if row.divergence is not None:
@@ -238,7 +252,7 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
             label=name,
         )
         for row in line:
-            panel.annotate(str(row.group_size), (row.nbytes / 1e6, _loss(row)), fontsize="small")
+            panel.annotate(size_of(row), (row.nbytes / 1e6, _loss(row)), fontsize="small")
     label = "KL divergence from the float model, nats a token" if speaks else "1 - cosine"
     panel.set(xlabel="MB of weights (numbers: group size)", ylabel=label, yscale="log", title=title)
     panel.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,28 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
+from torchao_int4cpu.calibration.bits import Measuring, check_bits, choose_options, some_of
 from torchao_int4cpu.calibration.blocks import Batch
-from torchao_int4cpu.calibration.run import ENOUGH_ROWS, Progress, Run
+from torchao_int4cpu.calibration.run import Memory, Progress, Run
 from torchao_int4cpu.calibration.store import Store
-from torchao_int4cpu.calibration.targets import CalibratedWeight, choose, left_behind
+from torchao_int4cpu.calibration.targets import (
+    ENOUGH_ROWS,
+    CalibratedWeight,
+    Rules,
+    Target,
+    choose,
+    left_behind,
+)
+from torchao_int4cpu.calibration.work import Quantizing, settings_of
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.quantize.parameter import warn_untied
 from torchao_int4cpu.quantize.run import chosen_by
 
 #: The name of this way of quantizing, beside those of `algorithms.choose_qparams`.
 GPTQ = "gptq"
+
+#: The folder of a run, within the one to resume from, that holds weights that are done.
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,12 @@ class Calibration:
         """Those of whose inputs nothing, or too little, is known."""
         return [weight for weight in self.weights if weight.rounded]
 
+    @property
+    def bits(self) -> float:
+        """A number with its part of scales and zeros: the mean of what was quantized for its inputs."""
+        numel = sum(weight.numel for weight in self.calibrated)
+        return 8 * sum(weight.nbytes for weight in self.calibrated) / numel if numel else 0.0
+
     def __str__(self) -> str:
         told = [
             f"{len(self.calibrated)} of {len(self.weights)} matrices are quantized for their inputs"
@@ -53,6 +72,10 @@ class Calibration:
                 f": their outputs are {100 * median:.1f}% off (median), {100 * worst.error:.1f}% at "
                 f"most ({worst.name})"
             )
+        sizes = Counter(weight.group_size for weight in self.calibrated)
+        if len(sizes) > 1:
+            each = ", ".join(f"{count} of {size}" for size, count in sorted(sizes.items()))
+            told.append(f"group sizes: {each}; {self.bits:.3f} bits a weight")
         reasons: dict[str, list[str]] = {}
         for weight in self.rounded:
             reasons.setdefault(weight.rounded, []).append(weight.name)
@@ -66,6 +89,7 @@ def calibrate(
     config: Any = None,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    target_bits: float | None = None,
     sequential: bool = True,
     damping: float = DAMPING,
     enough_rows: int = ENOUGH_ROWS,
@@ -85,6 +109,9 @@ def calibrate(
             arguments, or a sequence of arguments.
         config: an `Int4WeightOnlyConfig`, or an ``FqnToConfig`` of such; groups of 128 if None.
         filter_fn: as that of `quantize_`.
+        target_bits: of a number with its part of scales and zeros. Each weight gets a group size of its
+            own then, whatever the config says, by what each size costs the hidden states behind its
+            block. That is measured first, on a part of the batches.
         sequential: whether a block sees what the 4-bit blocks before it give; else what the float ones
             do, and it is run once for each batch.
         damping: see `algorithms.hessian`.
@@ -102,21 +129,19 @@ def calibrate(
     config = Int4WeightOnlyConfig() if config is None else config
     known = check_batches(batches)
     targets, report = choose(model, config, filter_fn)
+    rules = Rules(damping, enough_rows)
+    folder = None if resume is None else Path(resume)
     with progress_bar(progress) as tell, prepared(model):
-        run = Run(
-            model,
-            known,
-            targets,
-            tell,
-            sequential=sequential,
-            damping=damping,
-            enough_rows=enough_rows,
-        )
-        run.store = None if resume is None else Store(Path(resume), run.settings())
+        if target_bits is not None:
+            targets = with_bits(model, known, targets, tell, target_bits, folder=folder)
+        work = Quantizing(rules, sequential)
+        if folder is not None:
+            settings = settings_of(known, targets, sequential=sequential, **vars(rules))
+            work.store = Store(folder / WEIGHTS, settings)
         before = {target: target.weight for target in targets}
         untied = left_behind(model, targets)
         try:
-            run.stages()
+            Run(model, known, targets, work, tell).stages()
         except BaseException:
             for target, weight in before.items():
                 target.put(weight)
@@ -124,7 +149,36 @@ def calibrate(
     for name, others in untied.items():
         warn_untied(name, others)
     report.tell(model, chosen_by(config))
-    return Calibration(run.told)
+    return Calibration(work.told)
+
+
+def with_bits(
+    model: nn.Module,
+    batches: list[Batch],
+    targets: list[Target],
+    tell: Progress,
+    target_bits: float,
+    *,
+    folder: Path | None = None,
+    memory: Memory | None = None,
+    **settings: Any,
+) -> list[Target]:
+    """The same weights in group sizes by which they take so many bits; see `calibrate`.
+
+    Args:
+        model, batches, targets, tell, target_bits, memory: see `calibrate` and `Run`.
+        folder: for what was measured, or None.
+        settings: what else an earlier call must agree in, for this one to go on with what it began.
+    """
+    check_bits(targets, target_bits)
+    some, work = some_of(batches), Measuring()
+    if folder is not None:
+        work.store = Store(folder / "measured", settings_of(some, targets, **settings))
+    Run(model, some, targets, work, tell, memory).stages()
+    numel = sum(target.weight.numel() for target in targets)
+    options = [work.options[target.name] for target in targets]
+    chosen = choose_options(options, int(target_bits * numel / 8))
+    return [target.in_groups(option.group_size) for target, option in zip(targets, chosen)]
 
 
 def check_batches(batches: Iterable[Batch]) -> list[Batch]:

@@ -15,8 +15,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
 from torchao_int4cpu.calibration.observer import Observer
-from torchao_int4cpu.calibration.run import ENOUGH_ROWS
-from torchao_int4cpu.calibration.targets import Target, watchable
+from torchao_int4cpu.calibration.targets import ENOUGH_ROWS, Rules, Target, watchable
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig, quantize_module
 from torchao_int4cpu.quantize.parameter import choosing_only, replace_weight
 from torchao_int4cpu.quantize.report import LOGGER, warn_user
@@ -153,7 +152,7 @@ def _convert(target: Target, config: GPTQConfig) -> None:
         for other in seen[1:]:
             for hessian, more in zip(seen[0].hessians, other.hessians):
                 hessian.add(more.sum, more.rows)
-        quantized, told = target.quantized(hessians, config.enough_rows, config.percdamp)
+        quantized, told = target.quantized(hessians, Rules(config.percdamp, config.enough_rows))
         error = statistics.median(each.error for each in told)
         LOGGER.info("%s is 4-bit; its outputs are %.1f%% off", target.name, 100 * error)
         rounded = [each for each in told if each.rounded]

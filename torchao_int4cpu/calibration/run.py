@@ -1,4 +1,4 @@
-"""One calibration: block by block, each for the inputs that the 4-bit blocks before it give."""
+"""One run over a model on some batches, block by block, to do some work on the weights of each."""
 
 from __future__ import annotations
 
@@ -9,31 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from torchao_int4cpu.algorithms.hessian import DAMPING
 from torchao_int4cpu.calibration.blocks import (
     Batch,
     Chain,
     Probe,
     call_model,
     containers,
-    hidden_of,
     record,
 )
-from torchao_int4cpu.calibration.observer import Observer
 from torchao_int4cpu.calibration.states import States
-from torchao_int4cpu.calibration.store import Store
-from torchao_int4cpu.calibration.targets import CalibratedWeight, Target, watchable
-from torchao_int4cpu.checkpoint.safetensors import crc32
-from torchao_int4cpu.tensor.transposed import Int4Weight
-from torchao_int4cpu.version import __version__
-
-#: Rows of activations that a weight needs, or else it is rounded without them.
-ENOUGH_ROWS = 128
-
-#: Of all batches together; fewer say nothing of a model.
-LEAST_ROWS = 128
+from torchao_int4cpu.calibration.targets import Target
+from torchao_int4cpu.calibration.work import Work
 
 #: Told of each block: its name, and how many of how many steps are done.
 Progress = Callable[[str, int, int], None]
@@ -68,19 +55,15 @@ def rows_of_blocks(model: nn.Module, targets: list[Target]) -> list[dict[str, nn
 
 
 class Run:
-    """One calibration of a model, which is changed.
+    """One run over a model.
 
     Args:
         model: see `calibrate`, as for the others.
         batches: as `check_batches` returns them.
         targets: the weights.
+        work: what is done with them.
         tell: told of each step.
-        sequential, damping, enough_rows: see `calibrate`.
         memory: where the numbers are.
-
-    Attributes:
-        told: what became of each weight.
-        store: for the blocks that are done, or None.
     """
 
     def __init__(
@@ -88,52 +71,33 @@ class Run:
         model: nn.Module,
         batches: list[Batch],
         targets: list[Target],
+        work: Work,
         tell: Progress,
-        *,
-        sequential: bool = True,
-        damping: float = DAMPING,
-        enough_rows: int = ENOUGH_ROWS,
         memory: Memory | None = None,
     ) -> None:
         self.model, self.batches, self.targets, self.tell = model, batches, targets, tell
-        self.sequential, self.damping, self.enough_rows = sequential, damping, enough_rows
-        self.memory = memory or Memory()
-        self.told: list[CalibratedWeight] = []
-        self.store: Store | None = None
-        self._later: list[tuple[Target, Int4Weight]] = []
+        self.work, self.memory = work, memory or Memory()
         self._done = self._total = 0
         self._name = ""
-
-    def settings(self) -> dict[str, Any]:
-        """What two calls must agree in, for one to go on with what the other began."""
-        return {
-            "version": __version__,
-            "batches": [_checksums(batch) for batch in self.batches],
-            "weights": [
-                [target.name, list(target.weight.shape), target.holders[0].group_size]
-                for target in self.targets
-            ],
-            "sequential": self.sequential,
-            "damping": self.damping,
-            "enough_rows": self.enough_rows,
-        }
 
     # --- stages: chains of blocks, and weights that are in none ----------------------------------
 
     def stages(self) -> None:
-        """Quantize everything, in the order in which the model comes to it."""
+        """Do the work, in the order in which the model comes to the weights."""
         stages = self._order()
-        per_block = len(self.batches) * (2 if self.sequential else 1)
         for stage in stages:
-            blocks = len(stage.blocks) if isinstance(stage, Chain) else 0
-            self._total += len(self.batches) + blocks * per_block
+            if isinstance(stage, Chain):
+                self._total += len(self.batches)
+                weights = [self._targets_in(block) for block in stage.blocks.values()]
+            else:
+                weights = [stage]
+            self._total += sum(self.work.steps(len(self.batches), len(each)) for each in weights)
         for stage in stages:
             if isinstance(stage, Chain):
                 self._chain(stage)
             else:
                 self._loose(stage)
-        for target, quantized in self._later:
-            target.put(quantized)
+        self.work.finish()
         self.tell("done", self._total, self._total)
 
     def _order(self) -> list[Chain | list[Target]]:
@@ -189,15 +153,10 @@ class Run:
         ]
 
     def _loose(self, targets: list[Target]) -> None:
-        if self._restore(targets):
-            self._step(len(self.batches))
-            return
+        """Weights that are in no block: the model itself is the block."""
         self._name = targets[0].name
-        with Observer(watchable(targets)) as observer:
-            for batch in self.batches:
-                call_model(self.model, batch)
-                self._step()
-        self._quantize(targets, observer)
+        calls = [functools.partial(_call_model, self.model, batch) for batch in self.batches]
+        self.work.block(targets, calls, States([None] * len(calls)), True, self._step)
 
     def _chain(self, chain: Chain) -> None:
         self._name = next(iter(chain.blocks))
@@ -216,84 +175,15 @@ class Run:
         for number, (name, block) in enumerate(chain.blocks.items()):
             self._name = name
             is_last = number + 1 == len(chain.blocks)
-            calls = [each.calls[number] for each in recorded]
+            of_block = [each.calls[number] for each in recorded]
+            calls = [functools.partial(call.run, block, chain.slot) for call in of_block]
             with self.memory.resident(name, block):
-                self._block(
-                    block, [functools.partial(c.run, block, chain.slot) for c in calls], hidden, is_last
-                )
+                self.work.block(self._targets_in(block), calls, hidden, is_last, self._step)
 
-    def _block(
-        self,
-        block: nn.Module,
-        calls: list[Callable[[Tensor | None], Any]],
-        hidden: States,
-        is_last: bool,
-    ) -> None:
-        """Quantize a block, and replace what it was given by what it gives, unless it is the last."""
-        targets = self._targets_in(block)
-        done = self._restore(targets)
-        if not done or not self.sequential:
-            with Observer({} if done else watchable(targets)) as observer:
-                for i, call in enumerate(calls):
-                    result = hidden_of(call(hidden[i]))
-                    if not self.sequential:
-                        hidden[i] = result
-                    self._step()
-        else:
-            self._step(len(calls))
-        if not done:
-            self._quantize(targets, observer)
-        if self.sequential and not is_last:
-            for i, call in enumerate(calls):
-                hidden[i] = hidden_of(call(hidden[i]))
-                self._step()
-        elif self.sequential:
-            self._step(len(calls))
-
-    def _step(self, count: int = 1) -> None:
-        self._done += count
+    def _step(self) -> None:
+        self._done += 1
         self.tell(self._name, self._done, self._total)
 
-    # --- weights ---------------------------------------------------------------------------------
 
-    def _quantize(self, targets: list[Target], observer: Observer) -> None:
-        observer.share_equal()
-        if not self.told:
-            most = max((max(each.rows) for each in observer.watched.values()), default=LEAST_ROWS)
-            if 0 < most < LEAST_ROWS:
-                raise ValueError(
-                    f"the batches bring {most} rows to {targets[0].name}; give {LEAST_ROWS} or more, "
-                    "32768 tokens if that is possible"
-                )
-        for target in targets:
-            watched = observer.watched.get(target.name)
-            hessians = None if watched is None else watched.hessians
-            quantized, told = target.quantized(hessians, self.enough_rows, self.damping)
-            self._put(target, quantized)
-            self.told += told
-            if self.store is not None:
-                self.store.save(target.name, quantized, told)
-
-    def _restore(self, targets: list[Target]) -> bool:
-        """Put weights that an earlier run has done into their places; whether all of these are."""
-        found = [self.store.find(target.name) for target in targets] if self.store else []
-        if not found or None in found:
-            return False
-        for target, done in zip(targets, found):
-            assert done is not None
-            self._put(target, done[0])
-            self.told += done[1]
-        return True
-
-    def _put(self, target: Target, quantized: Int4Weight) -> None:
-        """At once, or at the end, where nothing is to see it before."""
-        if self.sequential:
-            target.put(quantized)
-        else:
-            self._later.append((target, quantized))
-
-
-def _checksums(batch: Batch) -> list[str]:
-    """Of what a batch holds, to know it again."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    return [f"{leaf.dtype} {list(leaf.shape)} {crc32(leaf.detach().cpu())}" for leaf in leaves]
+def _call_model(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
+    return call_model(model, batch)

@@ -1,19 +1,17 @@
-"""The weights that a calibration has done, in files, so that an interrupted one goes on."""
+"""What a calibration has done with weights, in files, so that an interrupted one goes on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchao_int4cpu.calibration.targets import CalibratedWeight
-from torchao_int4cpu.tensor.transposed import Int4Weight
-
 
 class Store:
-    """The weights that are done, in files of a directory.
+    """What was done with weights, by their names, in files of a directory.
 
     Args:
         folder: of the run.
@@ -42,16 +40,21 @@ class Store:
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.pt"
 
-    def save(self, name: str, weight: Int4Weight, told: list[CalibratedWeight]) -> None:
-        """Note what has become of a weight."""
-        state = {"weight": weight, "told": [list(vars(each).values()) for each in told]}
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Note what was done with a weight: tensors, and plain values."""
         part = self._folder / f"{name}.part"
         torch.save(state, part)
         part.rename(self._path(name))
 
-    def find(self, name: str) -> tuple[Any, list[CalibratedWeight]] | None:
-        """A weight that is done, and what was said of it; or None."""
+    def find(self, name: str) -> dict[str, Any] | None:
+        """What was done with a weight, or None."""
         if not self._path(name).exists():
             return None
-        state = torch.load(self._path(name), weights_only=True)
-        return state["weight"], [CalibratedWeight(*each) for each in state["told"]]
+        state: dict[str, Any] = torch.load(self._path(name), weights_only=True)
+        return state
+
+    def all(self, names: Iterable[str]) -> list[dict[str, Any]] | None:
+        """What was done with each of these; None if there are none, or one is missing."""
+        found = [self.find(name) for name in names]
+        done = [state for state in found if state is not None]
+        return done if done and len(done) == len(found) else None

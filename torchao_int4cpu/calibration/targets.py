@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from torchao.quantization import FqnToConfig, quantize_
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.algorithms.gptq import gptq, rounded
-from torchao_int4cpu.algorithms.hessian import Hessian
+from torchao_int4cpu.algorithms.hessian import DAMPING, Hessian
 from torchao_int4cpu.distributed.quantize_shards import is_sharded
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
+from torchao_int4cpu.format.packed import packed_bytes
 from torchao_int4cpu.format.packing import pack_into
 from torchao_int4cpu.quantize.filters import is_input_first
 from torchao_int4cpu.quantize.parameter import ChosenWeight, choosing_only, show_in_repr
@@ -27,6 +29,18 @@ from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight
 WITHOUT_INPUTS = "mse"
 
 
+#: Rows of activations that a weight needs, or else it is rounded without them.
+ENOUGH_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How weights are quantized for their inputs; see `calibrate`."""
+
+    damping: float = DAMPING
+    enough_rows: int = ENOUGH_ROWS
+
+
 @dataclass(frozen=True)
 class CalibratedWeight:
     """What became of a weight, or of one expert of a stack.
@@ -36,12 +50,18 @@ class CalibratedWeight:
         rows: of activations that reached it.
         error: what rounding does to its outputs on the calibration data, relative to them.
         rounded: why it was rounded to nearest and not for its inputs; empty if it was not.
+        group_size: of its 4-bit form.
+        nbytes: of its 4-bit form.
+        numel: how many numbers it has.
     """
 
     name: str
     rows: int
     error: float
     rounded: str
+    group_size: int
+    nbytes: int
+    numel: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,34 +99,31 @@ class Target:
             if isinstance(weight, Int4Weight):
                 show_in_repr(holder.module)
 
+    def in_groups(self, group_size: int) -> Target:
+        """The same weight, to be quantized in groups of another size."""
+        return Target(tuple(holder._replace(group_size=group_size) for holder in self.holders))
+
     def quantized(
-        self, hessians: list[Hessian] | None, enough_rows: int, damping: float
+        self, hessians: list[Hessian] | None, rules: Rules
     ) -> tuple[Int4Weight, list[CalibratedWeight]]:
         """The 4-bit form of the weight for its inputs, and what that did to each matrix.
 
         Args:
             hessians: of the weight, or of each expert; None if nothing is known.
-            enough_rows: with fewer it is rounded without them.
-            damping: see `Hessian.inverse_factor`.
+            rules: how.
 
         Raises:
             ValueError: inputs have NaN or infinite values.
         """
-        weight = self.weight.detach()
-        w = weight.transpose(-2, -1) if self.is_input_first else weight
-        matrices = [w] if w.ndim == 2 else list(w)
-        group_size = self.holders[0].group_size
+        matrices = self._matrices()
+        w, group_size = self._rows_first(), self.holders[0].group_size
         packed: Int4OpaqueTensor | None = None
         if w.ndim == 3:
             packed = Int4OpaqueTensor.empty(w.shape, group_size, w.dtype)
         told = []
-        for i, matrix in enumerate(matrices):
+        for i, (name, matrix) in enumerate(matrices):
             hessian = None if hessians is None else hessians[i]
-            name = self.name if packed is None else f"{self.name}[{i}]"
-            try:
-                value, became = _quantized(matrix, name, hessian, group_size, enough_rows, damping)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+            value, became = _quantized(matrix, name, hessian, group_size, rules)
             told.append(became)
             if packed is not None:
                 pack_into(packed.matrices()[i], value)
@@ -114,19 +131,51 @@ class Target:
             packed = Int4OpaqueTensor.from_groupwise(value, dtype=w.dtype)
         return (Int4TransposedTensor(packed) if self.is_input_first else packed), told
 
+    @contextlib.contextmanager
+    def rounded(self, group_size: int) -> Iterator[None]:
+        """Within this block the weight is 4-bit, rounded to nearest."""
+        before, block_size = self.weight, [1] * (self.weight.ndim - 1) + [group_size]
+        packed = Int4OpaqueTensor.from_hp(self._rows_first(), block_size, WITHOUT_INPUTS)
+        self.put(Int4TransposedTensor(packed) if self.is_input_first else packed)
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    def nbytes(self, group_size: int) -> int:
+        """Of the 4-bit form in groups of this size."""
+        return packed_bytes(self._rows_first().shape, group_size)
+
+    def _rows_first(self) -> Tensor:
+        weight = self.weight.detach()
+        return weight.transpose(-2, -1) if self.is_input_first else weight
+
+    def _matrices(self) -> list[tuple[str, Tensor]]:
+        """``[N, K]``: the weight, or each expert, with its name."""
+        w = self._rows_first()
+        if w.ndim == 2:
+            return [(self.name, w)]
+        return [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(w)]
+
 
 def _quantized(
-    matrix: Tensor, name: str, hessian: Hessian | None, group_size: int, enough: int, damping: float
+    matrix: Tensor, name: str, hessian: Hessian | None, group_size: int, rules: Rules
 ) -> tuple[GroupwiseInt4, CalibratedWeight]:
-    if hessian is None or not hessian.rows:
-        value = choose_qparams(matrix, group_size, WITHOUT_INPUTS)
-        return value, CalibratedWeight(name, 0, 0.0, "no product with it was seen")
-    if hessian.rows < enough:
-        value, error = rounded(matrix, hessian, group_size)
-        why = f"only {hessian.rows} rows have reached it"
-        return value, CalibratedWeight(name, hessian.rows, error, why)
-    value, error = gptq(matrix, hessian, group_size, damping)
-    return value, CalibratedWeight(name, hessian.rows, error, "")
+    rows, error, why = 0, 0.0, ""
+    try:
+        if hessian is None or not hessian.rows:
+            value = choose_qparams(matrix, group_size, WITHOUT_INPUTS)
+            why = "no product with it was seen"
+        elif hessian.rows < rules.enough_rows:
+            value, error = rounded(matrix, hessian, group_size)
+            rows, why = hessian.rows, f"only {hessian.rows} rows have reached it"
+        else:
+            value, error = gptq(matrix, hessian, group_size, rules.damping)
+            rows = hessian.rows
+    except (TypeError, ValueError) as failed:
+        raise type(failed)(f"{name}: {failed}") from failed
+    size = packed_bytes(matrix.shape, group_size)
+    return value, CalibratedWeight(name, rows, error, why, group_size, size, matrix.numel())
 
 
 def choose(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from torchao_int4cpu.algorithms.choose_qparams import ALGORITHMS
-from torchao_int4cpu.bench.compare import Row, compare, draw
+from torchao_int4cpu.bench.compare import Row, compare, draw, size_of
 from torchao_int4cpu.bench.plot import require_matplotlib
 from torchao_int4cpu.calibration.calibrate import GPTQ, progress_bar
 from torchao_int4cpu.commands.environment import environment, show
@@ -34,6 +34,14 @@ def add_to(commands: Commands) -> None:
     )
     names = [*ALGORITHMS, GPTQ]
     command.add_argument("--algorithms", nargs="+", default=names, choices=names)
+    command.add_argument(
+        "--target-bits",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="BITS",
+        help="also gptq with group sizes chosen for so many bits a weight",
+    )
     command.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
     command.add_argument("--evaluation-tokens", type=int, default=6144, help="of the evaluation text")
     command.add_argument("--json", action="store_true", help="lines of JSON instead of a table")
@@ -55,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             progress,
             group_sizes=args.group_sizes,
             algorithms=args.algorithms,
+            target_bits=args.target_bits,
             tokens=args.tokens,
             evaluation_tokens=args.evaluation_tokens,
         )
@@ -88,6 +97,6 @@ def _print_rows(rows: Sequence[Row]) -> None:
             loss = f"{1 - row.cosine:>10.2e}"
         quality = "-" if row.sqnr is None else f"{row.sqnr:.1f}"
         print(
-            f"{row.algorithm or 'float':<9} {row.group_size or '-':>5} {row.bits:>6.2f}"
+            f"{row.algorithm or 'float':<9} {size_of(row):>5} {row.bits:>6.2f}"
             f" {row.nbytes / 1e6:>8.1f} {loss} {quality:>7} {row.seconds:>7.1f}"
         )

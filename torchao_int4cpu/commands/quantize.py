@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torchao_int4cpu.calibration.store import Store
 from torchao_int4cpu.calibration.targets import CalibratedWeight
 from torchao_int4cpu.commands.options import DTYPES, Commands
 from torchao_int4cpu.commands.written import bytes_bar, interrupted, print_report
-from torchao_int4cpu.convert.calibrated import calibrate_directory
+from torchao_int4cpu.convert.calibrated import calibrate_directory, group_sizes_of_directory
 from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.plan import Plan, make_plan
 from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
@@ -47,6 +48,12 @@ def add_to(commands: Commands) -> None:
     )
     command.add_argument("--tokens", type=int, help=f"of the calibration text ({TOKENS})")
     command.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="a weight, as 4.5: each weight in blocks gets the group size that is worth it most",
+    )
+    command.add_argument(
         "--skip",
         action="append",
         default=[],
@@ -70,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     calibrates = args.algorithm == GPTQ
     if calibrates and args.calibration is None:
         raise ValueError(f"--algorithm {GPTQ} needs --calibration; give a text file")
-    for option in ("calibration", "tokens"):
-        if not calibrates and getattr(args, option) is not None:
+    for option in ("calibration", "tokens", "target-bits"):
+        if not calibrates and getattr(args, option.replace("-", "_")) is not None:
             raise ValueError(
                 f"--algorithm {args.algorithm} takes no --{option}; choose --algorithm {GPTQ}, or "
                 "leave it out"
@@ -81,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         int4_choose_qparams_algorithm="mse" if calibrates else args.algorithm,
     )
     dtype = DTYPES[args.dtype] if args.dtype else None
-    plan = make_plan(
+    planned = functools.partial(
+        make_plan,
         args.source,
         config,
         skip=args.skip,
@@ -89,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         embeddings=args.embeddings,
         dtype=dtype,
     )
+    plan = planned()
     if args.out.exists():
         raise ValueError(
             f"{str(args.out)!r} is there already; give a directory that is not, or remove it"
@@ -99,12 +108,15 @@ def run(args: argparse.Namespace) -> int:
 
     def known(name: str) -> Int4OpaqueTensor | None:
         found = None if store is None else store.find(name)
-        return None if found is None else found[0]
+        return None if found is None else found["weight"]
 
     try:
         if calibrates:
             batches = _batches(plan, args.calibration, TOKENS if args.tokens is None else args.tokens)
             with progress_bar(True) as tell:
+                if args.target_bits is not None:
+                    sizes = group_sizes_of_directory(plan, batches, folder, tell, args.target_bits)
+                    plan = planned(group_sizes=sizes)
                 store, told = calibrate_directory(plan, batches, folder, tell)
         with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:
             report = quantize_directory(plan, args.out, progress, known)

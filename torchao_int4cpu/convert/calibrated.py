@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from torchao_int4cpu.algorithms.hessian import DAMPING
 from torchao_int4cpu.calibration.blocks import Batch, Chain
-from torchao_int4cpu.calibration.calibrate import check_batches, prepared
+from torchao_int4cpu.calibration.calibrate import WEIGHTS, check_batches, prepared, with_bits
 from torchao_int4cpu.calibration.run import Memory, Progress, Run, rows_of_blocks
 from torchao_int4cpu.calibration.store import Store
-from torchao_int4cpu.calibration.targets import CalibratedWeight, choose, set_parameter
+from torchao_int4cpu.calibration.targets import CalibratedWeight, Rules, choose, set_parameter
+from torchao_int4cpu.calibration.work import Quantizing, settings_of
 from torchao_int4cpu.checkpoint.safetensors import Source, read_header
 from torchao_int4cpu.convert.directory import read
 from torchao_int4cpu.convert.plan import Names, Plan, ends, expert_number, set_dtype
@@ -51,31 +52,77 @@ def calibrate_directory(
         TypeError, ValueError: as `calibrate`, or a tensor is missing in the files.
     """
     batches = check_batches(batches)
-    model = _without_numbers(plan)
-    files = sorted(plan.folder.glob("*.safetensors"))
-    tensors = _Tensors(model, [source for file in files for source in read_header(file)])
-    wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
-    targets, _ = choose(model, plan.config, lambda module, name: f"{name}.weight" in wanted)
-    blocks = {name: block for row in rows_of_blocks(model, targets) for name, block in row.items()}
-    inside = {module for block in blocks.values() for module in block.modules()}
-    targets = [target for target in targets if target.module in inside]
-    if not targets:
-        raise ValueError(
-            f"{str(plan.folder)!r}: {type(model).__name__} has no row of blocks with weights to "
-            "quantize; calibrate it in memory with torchao_int4cpu.calibrate"
+    parts = _Parts(plan, folder)
+    rules = Rules(damping)
+    work = Quantizing(rules, sequential)
+    settings = settings_of(
+        batches, parts.targets, sequential=sequential, files=parts.files, **vars(rules)
+    )
+    store = work.store = Store(folder / WEIGHTS, settings)
+    parts.memory.store = store if sequential else None
+    with prepared(parts.model):
+        Run(parts.model, batches, parts.targets, work, tell, parts.memory).stages()
+    return store, work.told
+
+
+def group_sizes_of_directory(
+    plan: Plan,
+    batches: list[Batch],
+    folder: Path,
+    tell: Progress,
+    target_bits: float,
+) -> dict[str, int]:
+    """The group size of each weight of a plan that is in a block, by which they take so many bits.
+
+    Args and errors are those of `calibrate_directory` and of `calibrate`.
+    """
+    batches = check_batches(batches)
+    parts = _Parts(plan, folder)
+    with prepared(parts.model):
+        chosen = with_bits(
+            parts.model,
+            batches,
+            parts.targets,
+            tell,
+            target_bits,
+            folder=folder,
+            memory=parts.memory,
+            files=parts.files,
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    memory = _OneBlock(model, blocks, tensors, folder / "activations")
-    run = Run(model, batches, targets, tell, sequential=sequential, damping=damping, memory=memory)
-    run.store = Store(folder / "weights", run.settings() | {"files": _identity(files)})
-    memory.store = run.store if sequential else None
-    with prepared(model):
-        run.stages()
-    return run.store, run.told
+    return {target.name: target.holders[0].group_size for target in chosen}
 
 
-def _identity(files: list[Path]) -> list[object]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+class _Parts:
+    """What a run over a directory consists of.
+
+    Attributes:
+        model: see `_without_numbers`.
+        targets: its weights that are in blocks.
+        memory: where their numbers are.
+        files: of the directory, to know them again.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.model = _without_numbers(plan)
+        files = sorted(plan.folder.glob("*.safetensors"))
+        tensors = _Tensors(self.model, [source for file in files for source in read_header(file)])
+        wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
+        found, _ = choose(self.model, plan.config, lambda module, name: f"{name}.weight" in wanted)
+        blocks = {n: block for row in rows_of_blocks(self.model, found) for n, block in row.items()}
+        inside = {module for block in blocks.values() for module in block.modules()}
+        self.targets = [
+            target.in_groups(plan.group_size(target.name))
+            for target in found
+            if target.module in inside
+        ]
+        if not self.targets:
+            raise ValueError(
+                f"{str(plan.folder)!r}: {type(self.model).__name__} has no row of blocks with weights "
+                "to quantize; calibrate it in memory with torchao_int4cpu.calibrate"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.memory = _OneBlock(self.model, blocks, tensors, folder / "activations")
+        self.files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _without_numbers(plan: Plan) -> Any:
@@ -194,7 +241,7 @@ class _OneBlock(Memory):
             for key, _ in list(block.named_parameters()):
                 done = self.store.find(f"{name}.{key}")
                 if done is not None:
-                    set_parameter(block, key, nn.Parameter(done[0], requires_grad=False))
+                    set_parameter(block, key, nn.Parameter(done["weight"], requires_grad=False))
 
 
 class _Visit:

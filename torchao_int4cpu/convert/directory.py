@@ -88,7 +88,7 @@ def _items(plan: Plan, calibrated: Calibrated) -> Iterator[Item]:
         shape = tensor.source.shape
         size = math.prod(shape) * tensor.dtype.itemsize
         if not tensor.kept:
-            size = packed_bytes(shape, plan.config.group_size)
+            size = packed_bytes(shape, plan.group_size(tensor.name))
         make = functools.partial(_make, plan, tensor, calibrated)
         yield Item(tensor.name, tensor.source.nbytes, size, tensor.kept, make)
 
@@ -115,7 +115,7 @@ def read(source: Source) -> Tensor:
 def _quantize(plan: Plan, tensor: Planned, w: Tensor) -> tuple[Int4OpaqueTensor, float]:
     algorithm = plan.config.int4_choose_qparams_algorithm
     try:
-        value = choose_qparams(w, plan.config.group_size, algorithm)
+        value = choose_qparams(w, plan.group_size(tensor.name), algorithm)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{tensor.name}: {error}") from error
     return Int4OpaqueTensor.from_groupwise(value, dtype=tensor.dtype), sqnr(w, value)

@@ -6,11 +6,13 @@ the same config. It is asked on a model without data. Needs the ``hf`` extra.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,12 +54,18 @@ class Plan:
         config: of the 4-bit weights.
         model_config: transformers' config of the result, with its dtype and ``quantization_config``.
         tensors: of all files, in the order of their bytes.
+        group_sizes: of weights that have another than the config's, by their names.
     """
 
     folder: Path
     config: Int4WeightOnlyConfig
     model_config: Any
     tensors: list[Planned]
+    group_sizes: Mapping[str, int]
+
+    def group_size(self, name: str) -> int:
+        """Of a weight."""
+        return self.group_sizes.get(name, self.config.group_size)
 
 
 def make_plan(
@@ -68,6 +76,7 @@ def make_plan(
     head: bool = False,
     embeddings: bool = False,
     dtype: torch.dtype | None = None,
+    group_sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Decide about every tensor.
 
@@ -79,6 +88,7 @@ def make_plan(
         head: also quantize the linear layer that makes the logits.
         embeddings: also quantize the input embedding; with a tied model that is the head, too.
         dtype: of the model; None for what its config says, or else its first floating tensor.
+        group_sizes: of weights that are to have another than the config's, by their names.
 
     Raises:
         MissingExtra: transformers or safetensors is not installed.
@@ -112,15 +122,20 @@ def make_plan(
     model = empty_model(transformers, model_config, dtype)
     included = _included(model, head, embeddings)
     chosen = {name for name in included if not _is_skipped(name, skip)}
-    quantization, quantizer = _quantizer(transformers, model, config, included - chosen, chosen)
-    tensors = list(_planned(model, quantizer, sources, dtype, skip, included, config.group_size))
+    skipped = included - chosen
+    quantization, quantizer = _quantizer(transformers, model, config, skipped, chosen, group_sizes)
+
+    def size_of(name: str) -> int:
+        return group_sizes.get(name, config.group_size)
+
+    tensors = list(_planned(model, quantizer, sources, dtype, skip, included, size_of))
     if all(tensor.kept for tensor in tensors):
         raise ValueError(
             f"{str(folder)!r} has no weight to quantize: {type(model).__name__} has no torch.nn.Linear "
             "that is not kept; give another model, or skip less"
         )
     model_config.quantization_config = quantization
-    return Plan(folder, config, model_config, tensors)
+    return Plan(folder, config, model_config, tensors, group_sizes)
 
 
 def dtype_of_model(model_config: Any, sources: list[Source]) -> torch.dtype:
@@ -200,6 +215,7 @@ def _quantizer(
     config: Int4WeightOnlyConfig,
     skipped: set[str],
     chosen: set[str],
+    group_sizes: Mapping[str, int],
 ) -> tuple[Any, Any]:
     """transformers' config and its quantizer, set up for the model; both sets are of modules."""
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -209,7 +225,8 @@ def _quantizer(
     embeddings = any(module is source for module in modules)
     # transformers applies a plain config to linear layers only. One by name reaches the embedding, but
     # a tied one only with the flag; and what has no entry then stays dense, without "_default".
-    quant_type = _by_name(config, chosen) if embeddings else config
+    by_name = embeddings or bool(group_sizes)
+    quant_type = _by_name(model, config, chosen, group_sizes) if by_name else config
 
     def set_up(kept: list[str] | None) -> tuple[Any, Any]:
         quantization = transformers.TorchAoConfig(
@@ -229,13 +246,21 @@ def _quantizer(
     return quantization, quantizer
 
 
-def _by_name(config: Int4WeightOnlyConfig, names: set[str]) -> FqnToConfig:
-    """The config for the weights of these modules, and for nothing else: a bias is no weight.
+def _by_name(
+    model: Any, config: Int4WeightOnlyConfig, modules: set[str], group_sizes: Mapping[str, int]
+) -> FqnToConfig:
+    """The config for the weights of these modules, each in its own group size, and for nothing else.
 
-    Layers that differ in a number share an entry. ``"_default"`` would be shorter; torchao drops it.
+    A bias is no weight; and ``"_default"``, which would be shorter, is dropped by torchao.
     """
-    patterns = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
-    return FqnToConfig({rf"re:{pattern}\.weight": config for pattern in sorted(patterns)})
+    from torchao_int4cpu.integrations.transformers_saving import entries
+
+    weights = [f"{name}.weight" for name in sorted(modules)]
+    sizes = {weight: group_sizes.get(weight, config.group_size) for weight in weights}
+    configs = {size: copy.copy(config) for size in sizes.values()}
+    for size, each in configs.items():
+        each.group_size = size
+    return FqnToConfig({key: configs[size] for key, size in entries(model, sizes)})
 
 
 class Names:
@@ -317,7 +342,7 @@ def _planned(
     dtype: torch.dtype,
     skip: Sequence[str],
     included: set[str],
-    group_size: int,
+    group_size: Callable[[str], int],
 ) -> Iterator[Planned]:
     names = Names(model, quantizer, dtype)
 
@@ -333,7 +358,7 @@ def _planned(
             return "kept by transformers, as the output head is"
         if found not in FLOAT_DTYPES:
             return f"its dtype is {found}"
-        grows = packed_bytes(shape, group_size) > math.prod(shape) * dtype.itemsize
+        grows = packed_bytes(shape, group_size(name)) > math.prod(shape) * dtype.itemsize
         return "larger in 4 bits, because of padding" if grows else ""
 
     for source in sources:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -105,7 +105,7 @@ def config_of(model: Any) -> Any:
         f"{name}.weight" in groups for name, module in model.named_modules() if module in ends
     )
     if len(sizes) > 1 or not set(groups) <= linear:
-        by_name = {key: Int4WeightOnlyConfig(group_size=size) for key, size in _patterns(model, groups)}
+        by_name = {key: Int4WeightOnlyConfig(group_size=size) for key, size in entries(model, groups)}
         return TorchAoConfig(FqnToConfig(by_name), include_input_output_embeddings=has_ends)
     kept = {name.removesuffix(".weight") for name in linear - set(groups)}
     default = kept <= set(get_keys_to_not_convert(model))
@@ -125,8 +125,11 @@ def _ends(model: Any) -> list[nn.Module]:
     return [end for end in ends if end is not None]
 
 
-def _patterns(model: nn.Module, groups: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Entries of an ``FqnToConfig``: a name, or a pattern where layers differ in numbers alone."""
+def entries(model: nn.Module, groups: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Keys of an ``FqnToConfig`` for parameters of these group sizes, and the size of each.
+
+    A key is a name, or a pattern for all names that differ in numbers alone.
+    """
     alike: dict[str, list[str]] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         alike.setdefault(re.sub(r"\d+", r"\\d+", re.escape(name)), []).append(name)
