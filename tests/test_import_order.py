@@ -126,6 +126,8 @@ MODULES = {
         "transformers_quantizers",
         "transformers_gguf",
         "transformers_imports",
+        "vllm_configs",
+        "vllm_layers",
         "vllm",
     ],
     "bench": [

@@ -28,6 +28,7 @@ def test_public_names() -> None:
         "load_prototype",
         "load_torchao_checkpoint",
         "native_layout",
+        "register",
         "set_kernel",
     ]
     for name in torchao_int4cpu.__all__:

@@ -15,6 +15,7 @@ from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.importers.torchao import load_prototype, load_torchao_checkpoint
 from torchao_int4cpu.integrations.transformers_imports import import_checkpoints
+from torchao_int4cpu.integrations.vllm import register
 from torchao_int4cpu.kernels.selection import get_activations, get_kernel, set_kernel
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.quantize.filters import filter_fn
@@ -39,6 +40,7 @@ __all__ = [
     "load_prototype",
     "load_torchao_checkpoint",
     "native_layout",
+    "register",
     "set_kernel",
 ]
 

@@ -19,6 +19,7 @@ from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.plan import Plan, make_plan
 from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.integrations.vllm_configs import torn
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
@@ -125,6 +126,9 @@ def run(args: argparse.Namespace) -> int:
     worst = report.worst
     quality = f"worst {worst.sqnr:.1f} dB ({worst.name}), median {report.median_sqnr:.1f} dB"
     lines = [("SQNR", quality)]
+    apart = torn(*plan.modules())
+    if apart:
+        lines.append(("vLLM", apart))
     if calibrates:
         lines += [("calibrated", line) for line in str(Calibration(told)).splitlines()]
         shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from torchao_int4cpu.checkpoint.safetensors import Source, read_header
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.format.packed import packed_bytes
+from torchao_int4cpu.integrations.transformers_saving import dense_matrices, entries
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 #: Why tensors are kept under the names that they have.
@@ -66,6 +67,14 @@ class Plan:
     def group_size(self, name: str) -> int:
         """Of a weight."""
         return self.group_sizes.get(name, self.config.group_size)
+
+    def modules(self) -> tuple[list[str], list[str]]:
+        """The names of those whose weight becomes 4-bit, and of those whose does not."""
+        found: tuple[list[str], list[str]] = ([], [])
+        for tensor in self.tensors:
+            if tensor.name.endswith(".weight"):
+                found[bool(tensor.kept)].append(tensor.name.removesuffix(".weight"))
+        return found
 
 
 def make_plan(
@@ -134,6 +143,10 @@ def make_plan(
             f"{str(folder)!r} has no weight to quantize: {type(model).__name__} has no torch.nn.Linear "
             "that is not kept; give another model, or skip less"
         )
+    kept = set(quantizer.modules_to_not_convert)
+    dense = dense_matrices(model, {tensor.name for tensor in tensors if not tensor.kept})
+    if not dense <= kept:
+        quantization.modules_to_not_convert = sorted(kept | dense)
     model_config.quantization_config = quantization
     return Plan(folder, config, model_config, tensors, group_sizes)
 
@@ -253,8 +266,6 @@ def _by_name(
 
     A bias is no weight; and ``"_default"``, which would be shorter, is dropped by torchao.
     """
-    from torchao_int4cpu.integrations.transformers_saving import entries
-
     weights = [f"{name}.weight" for name in sorted(modules)]
     sizes = {weight: group_sizes.get(weight, config.group_size) for weight in weights}
     configs = {size: copy.copy(config) for size in sizes.values()}

@@ -56,7 +56,16 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
 
 
 def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
-    """Replace every part of ``target``, and of what it was cut from."""
+    """Replace every part of ``target``, and of what it was cut from.
+
+    A weight that is allocated to be filled takes one of larger groups, too: vLLM joins several into it.
+    """
+    filling = target.provenance.filling
+    if filling is not None and source.group_size > target.group_size:
+        value = source.to_groupwise().in_groups_of(target.group_size)
+        source = Int4OpaqueTensor.from_groupwise(
+            value, dtype=source.dtype, act_pre_scale=source.act_pre_scale
+        )
     for name, mine, other in (
         ("shape", list(target.shape), list(source.shape)),
         ("block_size", target.block_size, source.block_size),
@@ -84,7 +93,6 @@ def copy_into(target: Int4OpaqueTensor, source: Int4OpaqueTensor) -> None:
             f"copy_ got a target of shape {list(target.shape)} that was expanded, so all its matrices "
             "are the same one; copy into the weight that was expanded, or into a clone()"
         )
-    filling = target.provenance.filling
     if filling is not None and not torch.compiler.is_compiling():
         filling.start(source.scale_and_zero.dtype)
     check_same_qparams(

@@ -6,7 +6,7 @@ whatever consumes (packing, dequantizing, saving) takes one. It knows nothing of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,6 +132,25 @@ class GroupwiseInt4:
             centred = self.codes[..., columns].to(exact) - CODE_OFFSET
             out[..., columns] = centred * scale[..., group, None] + zero[..., group, None]
         return out_of_act_order(out, self.act_order)
+
+    def in_groups_of(self, group_size: int) -> GroupwiseInt4:
+        """The same numbers in smaller groups, each with the scale and zero of the larger one it is of.
+
+        Raises:
+            ValueError: the size does not divide that of the groups, or is not supported.
+        """
+        check_group_size(group_size)
+        if self.group_size % group_size:
+            raise ValueError(
+                f"group_size={group_size} does not divide {self.group_size}, so a group would have "
+                "several scales; choose a smaller one, or quantize the weight again"
+            )
+        count = -(-self.codes.shape[-1] // group_size)
+        scale, zero = (
+            part.repeat_interleave(self.group_size // group_size, dim=-1)[..., :count].contiguous()
+            for part in (self.scale, self.zero)
+        )
+        return replace(self, scale=scale, zero=zero, group_size=group_size)
 
 
 GroupwiseInt4.__module__ = "torchao_int4cpu"  # as pickles name it, wherever this file is

@@ -4,17 +4,22 @@ transformers saves torchao's weights by the quantizer that it loaded them with. 
 changed later has none, and gets one for the time it is saved, with the config that would give the same.
 A model that was loaded in 4 bits has one, with a step of loading that transformers 5.23 cannot reverse;
 it need not, because torchao's ``flatten_tensor_state_dict`` has done so already.
+
+The metadata of the file names every tensor, by the names that the model has. transformers writes some
+under other names, and a stack of experts as a tensor for each: they are named as well, because vLLM
+reads what is named, and leaves memory that nobody has written where a tensor is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchao.quantization import FqnToConfig
 
 from torchao_int4cpu.integrations.torchao_int4cpu_on_import import when_imported
@@ -33,7 +38,7 @@ def _patch(module: Any) -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _savable(self):
+        with _savable(self, kwargs.get("save_original_format", True)):
             return original(self, *args, **kwargs)
 
     save_pretrained.torchao_int4cpu = True  # type: ignore[attr-defined]
@@ -41,8 +46,13 @@ def _patch(module: Any) -> None:
 
 
 @contextlib.contextmanager
-def _savable(model: Any) -> Iterator[None]:
-    """Give a model with 4-bit weights what transformers needs to save it, and take that away again."""
+def _savable(model: Any, renames: bool) -> Iterator[None]:
+    """Give a model with 4-bit weights what transformers needs to save it, and take that away again.
+
+    Args:
+        model: the model.
+        renames: whether transformers writes tensors under the names of the original checkpoint.
+    """
     adapters = getattr(model, "_hf_peft_config_loaded", False)  # they are saved without the model
     if adapters or not int4_groups(model):
         yield
@@ -58,7 +68,37 @@ def _savable(model: Any) -> Iterator[None]:
         if conversions:
             kept = [each for each in conversions if not _deserializes(each)]
             undo.enter_context(_attribute(model, "_weight_conversions", kept))
+        if renames:
+            quantizer = model.hf_quantizer
+            flatten = functools.partial(_flattened, quantizer.get_state_dict_and_metadata)
+            undo.enter_context(_attribute(quantizer, "get_state_dict_and_metadata", flatten))
         yield
+
+
+def _flattened(flatten: Any, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model as plain tensors, and metadata that has their names in the file, too."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state, metadata = flatten(model)
+    entries = {name: metadata[name] for name in json.loads(metadata.get("tensor_names", "[]"))}
+    endings: dict[str, tuple[str, str]] = {}  # of the keys of a 4-bit weight's parts
+    for name, entry in entries.items():
+        module, _, parameter = name.rpartition(".")
+        for part in json.loads(entry).get("_tensor_data_names", ()):
+            endings[f"{module}._{parameter}_{part}"] = (name, f"_{parameter}_{part}")
+    probes = {key: tensor.to("meta") for key, tensor in state.items()}
+    keys = {id(probe): key for key, probe in probes.items()}
+    for written, probe in revert_weight_conversion(model, dict(probes)).items():
+        key = keys.get(id(probe), "")  # nothing where a tensor was taken apart
+        if key in endings:
+            name, ending = endings[key]
+            named = written.removesuffix(ending) + name.rpartition(".")[2]
+            entries.setdefault(named, entries[name])
+        else:
+            entries.setdefault(written, json.dumps({"_type": "Tensor"}))
+    if entries:
+        metadata |= entries | {"tensor_names": json.dumps(list(entries))}
+    return state, metadata
 
 
 def _deserializes(conversion: Any) -> bool:
@@ -107,13 +147,32 @@ def config_of(model: Any) -> Any:
     if len(sizes) > 1 or not set(groups) <= linear:
         by_name = {key: Int4WeightOnlyConfig(group_size=size) for key, size in entries(model, groups)}
         return TorchAoConfig(FqnToConfig(by_name), include_input_output_embeddings=has_ends)
-    kept = {name.removesuffix(".weight") for name in linear - set(groups)}
+    kept = dense_matrices(model, set(groups))
     default = kept <= set(get_keys_to_not_convert(model))
     return TorchAoConfig(
         Int4WeightOnlyConfig(group_size=sizes.pop()),
         modules_to_not_convert=None if default else sorted(kept),
         include_input_output_embeddings=has_ends,
     )
+
+
+def dense_matrices(model: nn.Module, quantized: set[str]) -> set[str]:
+    """The modules, but for embeddings, whose weight is a matrix and is not among these by its name.
+
+    Routers of experts are among them: transformers has them in modules of their own, and vLLM in linear
+    layers, which are 4-bit there unless ``modules_to_not_convert`` says that they are not.
+    """
+    four_bit = [name.removesuffix("weight") for name in quantized]
+    found = set()
+    for name, module in model.named_modules():
+        weight = vars(module).get("_parameters", {}).get("weight")
+        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+            continue
+        # transformers reads a name as the beginning of others, too
+        begins = not isinstance(module, nn.Linear) and any(each.startswith(name) for each in four_bit)
+        if f"{name}.weight" not in quantized and not begins:
+            found.add(name)
+    return found
 
 
 def _ends(model: Any) -> list[nn.Module]:
