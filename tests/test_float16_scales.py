@@ -445,6 +445,10 @@ def test_what_ranks_compare_has_the_dtype() -> None:
 
 # --- everything else ----------------------------------------------------------------------------
 
+#: Of the other tests one in so many is run again, all over their files; ``1`` (by hand) runs all, in 6
+#: to 15 minutes.
+EVERY = os.environ.get("INT4CPU_TEST_EVERY", "4")
+
 #: What can only be of bfloat16 scales: the numbers of format versions; weights that `quantize_` makes,
 #: which have scales of 8 bits and of any size; graphs that show PyTorch's op.
 _OF_BFLOAT16 = (
@@ -459,7 +463,7 @@ def _run_again(*names: str) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *("-k", f"not ({_OF_BFLOAT16})"),
+            *("-k", f"not ({_OF_BFLOAT16})", "--every", EVERY),
             *(f"tests/test_{name}.py" for name in names),
         ],
         cwd=ROOT,

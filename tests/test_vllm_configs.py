@@ -117,6 +117,10 @@ def test_experts() -> None:
     both = {f"{experts}.gate_up_proj": G32, f"{experts}.down_proj": G64}
     assert vllm_configs.of_experts(TorchAOConfig(FqnToConfig(both)), experts) is G32
     assert vllm_configs.of_experts(TorchAOConfig(G32), experts) is None  # linear layers alone
+    mixtral = "model.layers.0.block_sparse_moe"
+    assert vllm_configs.of_experts(TorchAOConfig(FqnToConfig(both)), f"{mixtral}.experts") is G32
+    named = TorchAOConfig(G32, ["model.layers.0.mlp.gate"])
+    assert vllm_configs.of_linear(named, f"{mixtral}.gate") is None
     del both[f"{experts}.down_proj"]
     with pytest.raises(ValueError, match="has one of gate_up_proj and down_proj in 4 bits"):
         vllm_configs.of_experts(TorchAOConfig(FqnToConfig(both)), experts)

@@ -36,7 +36,15 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
                 "quantize_ the model before you load a 4-bit state dict, or load it with "
                 "load_state_dict(..., assign=True)"
             )
-            if name == "target":  # as resize_token_embeddings of transformers copies into a larger one
+            if name == "source" and weight_of(target).provenance.filling is not None:
+                cure = (  # vLLM allocates what the config of a checkpoint says
+                    "the config of the checkpoint has this layer in 4 bits and its file does not: for "
+                    "vLLM, name the layer in modules_to_not_convert of config.json, as quantize and "
+                    "save_pretrained do; a joined layer is 4-bit in all its parts or in none"
+                )
+            elif (
+                name == "target"
+            ):  # as resize_token_embeddings of transformers copies into a larger one
                 cure += (
                     ". To copy its numbers, copy .dequantize(); or make the layer a float one before: "
                     "layer.weight = torch.nn.Parameter(layer.weight.dequantize())"

@@ -17,6 +17,9 @@ from torchao_int4cpu.quantize.run import makes_ours
 #: Layers that vLLM joins in most of its models; a model's own are in ``packed_modules_mapping``.
 USUALLY_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
+#: What transformers 5 calls otherwise than the files of its models and vLLM do: Mixtral's experts.
+OTHER_NAMES = ((".block_sparse_moe.", ".mlp."),)
+
 #: vLLM's Llama does not say what its embedding is called.
 UNNAMED_EMBEDDING = "model.embed_tokens"
 
@@ -34,12 +37,15 @@ def of_parameter(config: Any, name: str, parameter: str = "weight") -> Any:
     A config by name is read as transformers reads it: a parameter's name before its module's, whole
     names before patterns.
     """
-    if sys.modules[type(config).__module__].should_skip(name, config.skip_modules):
+    modules = [name, *(name.replace(vllms, ours) for vllms, ours in OTHER_NAMES if vllms in name)]
+    should_skip = sys.modules[type(config).__module__].should_skip
+    if any(should_skip(module, config.skip_modules) for module in modules):
         return None
     torchaos = config.torchao_config
     if not isinstance(torchaos, FqnToConfig):
         return torchaos
-    by_name, names = torchaos.fqn_to_config, (f"{name}.{parameter}", name)
+    by_name = torchaos.fqn_to_config
+    names = [each for module in modules for each in (f"{module}.{parameter}", module)]
     for each in names:
         if each in by_name:
             return by_name[each]

@@ -91,6 +91,9 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             weight = nn.Parameter(empty.new_zeros(empty.shape), requires_grad=False)
             layer.register_parameter(name, weight)
             set_weight_attrs(weight, attributes)
+        # The names of stacks, as transformers has them of all models: Mixtral's files say w1, w2, w3.
+        layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name = "gate_proj", "up_proj"
+        layer.ckpt_down_proj_name = "down_proj"
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """vLLM's own kernels are not used."""
