@@ -102,6 +102,7 @@ MODULES = {
         "plan",
         "shards",
         "directory",
+        "native",
         "text",
         "calibrated",
         "foreign",

@@ -60,7 +60,9 @@ def test_the_layout_here_is_that_of_the_capability() -> None:
 
 def run_tests(capability: str, names: tuple[str, ...], without: str) -> None:
     tests = [f"tests/test_{name}.py" for name in names]
-    output = run(capability, "-m", "pytest", "-p", "no:cacheprovider", "--all", "-k", without, *tests)
+    # One in two, all over the files: they are the same tests that run in this process.
+    options = ("-p", "no:cacheprovider", "--all", "--every", "2", "-k", without)
+    output = run(capability, "-m", "pytest", *options, *tests)
     assert f", layout {capability}, " in output  # the header: see conftest
 
 

@@ -22,7 +22,9 @@ and because whoever loads the file without this package is shown it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import logging
 import math
 import zlib
 from pathlib import Path
@@ -179,6 +181,26 @@ def from_safetensors(**data: Any) -> Int4Weight:
     return Int4TransposedTensor(weight) if transposed else weight
 
 
+def _load(**data: Any) -> Int4Weight:
+    """`from_safetensors`, and a line where loading costs memory that it need not."""
+    loaded = from_safetensors(**data)
+    layout = weight_of(loaded).qdata_layout
+    if data["qdata_layout"] != layout:
+        tell_of_repacking(data["qdata_layout"], layout)
+    return loaded
+
+
+@functools.cache  # once in a process
+def tell_of_repacking(layout: str, native: str) -> None:
+    """Say that the files of a model are for another CPU, and what to do about it."""
+    logging.getLogger("torchao_int4cpu").warning(
+        "4-bit weights are repacked from layout %s to %s as they are loaded, into memory of this "
+        "process alone; `torchao-int4cpu convert DIR --layout native` rewrites the files once",
+        layout,
+        native,
+    )
+
+
 def _register() -> None:
     """Let torchao's ``flatten_tensor_state_dict`` and ``unflatten_tensor_state_dict`` know our class.
 
@@ -192,7 +214,7 @@ def _register() -> None:
     for name in (Int4OpaqueTensor.__name__, Int4TransposedTensor.__name__, TYPE_NAME):
         if name not in safetensors_utils.ALLOWED_TENSORS_SUBCLASSES:
             safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(name)
-    safetensors_utils.ALLOWED_CLASSES[TYPE_NAME] = from_safetensors
+    safetensors_utils.ALLOWED_CLASSES[TYPE_NAME] = _load
 
     encoder = safetensors_utils.TensorSubclassAttributeJSONEncoder
     original = getattr(encoder.default, "torchao_default", encoder.default)

@@ -10,8 +10,10 @@ from torchao_int4cpu.commands.options import DTYPES, Commands
 from torchao_int4cpu.commands.written import bytes_bar, bytes_of, interrupted, print_report
 from torchao_int4cpu.convert.foreign import convert_directory
 from torchao_int4cpu.convert.gguf import convert_gguf
+from torchao_int4cpu.convert.native import to_native_layout
 from torchao_int4cpu.convert.onnx_weights import convert_onnx
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
+from torchao_int4cpu.format.layout import native_layout
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
 
@@ -27,7 +29,16 @@ def add_to(commands: Commands) -> None:
         help="a Hugging Face directory (GPTQ, AWQ, compressed-tensors, MLX), or a .gguf or .onnx file",
     )
     command.add_argument(
-        "out", type=Path, metavar="OUT", help="directory to make; of a .onnx file, a safetensors file"
+        "out",
+        type=Path,
+        nargs="?",
+        metavar="OUT",
+        help="directory to make; of a .onnx file, a safetensors file",
+    )
+    command.add_argument(
+        "--layout",
+        choices=["native"],
+        help="rewrite SRC, a directory of this package, in place for this CPU; there is no OUT then",
     )
     command.add_argument(
         "--dtype",
@@ -47,6 +58,10 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what became of the tensors."""
     source: Path = args.source
+    if args.layout is not None:
+        return _rewrite(args)
+    if args.out is None:
+        raise ValueError("there is no OUT; give the directory to make, or --layout native")
     dtype = DTYPES[args.dtype] if args.dtype else None
     if source.suffix == ".onnx":
         shapes = convert_onnx(source, args.out, dtype)
@@ -69,4 +84,19 @@ def run(args: argparse.Namespace) -> int:
     worst = report.worst
     rounded = [("SQNR", f"worst {worst.sqnr:.1f} dB ({worst.name})")] if worst.sqnr < math.inf else []
     print_report(report, args.out, *rounded)
+    return 0
+
+
+def _rewrite(args: argparse.Namespace) -> int:
+    for option in ("out", "dtype", "rest"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--layout rewrites SRC in place and takes no {option}; leave it out")
+    try:
+        with bytes_bar(bytes_of(args.source)) as progress:
+            repacked, count = to_native_layout(args.source, progress)
+    except KeyboardInterrupt:
+        return interrupted()
+    layout = native_layout()
+    assert layout is not None
+    print(f"{repacked} of {count} 4-bit weights repacked; all are in layout {layout.name}")
     return 0

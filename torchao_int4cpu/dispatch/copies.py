@@ -42,9 +42,8 @@ def handle_copy_(target: Any, source: Any, non_blocking: bool = False) -> Int4We
                     "vLLM, name the layer in modules_to_not_convert of config.json, as quantize and "
                     "save_pretrained do; a joined layer is 4-bit in all its parts or in none"
                 )
-            elif (
-                name == "target"
-            ):  # as resize_token_embeddings of transformers copies into a larger one
+            elif name == "target":
+                # As resize_token_embeddings of transformers copies into a larger one.
                 cure += (
                     ". To copy its numbers, copy .dequantize(); or make the layer a float one before: "
                     "layer.weight = torch.nn.Parameter(layer.weight.dequantize())"
