@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tests.numerics import UNIT, native, packed_in, product_bound, random_groupwise
+from tests.numerics import UNIT, native, packed_in, product_bound
 from tests.processes import Ranks
+from tests.scales import SCALES
 from torchao_int4cpu import GroupwiseInt4, Int4OpaqueTensor
 from torchao_int4cpu.dispatch.cuts import same_numbers
 from torchao_int4cpu.format.packed import int4_mm_reference
@@ -31,11 +32,21 @@ def weight_of(
     scale: Tensor | None = None,
     ordered: bool = False,
 ) -> Int4OpaqueTensor:
-    value = random_groupwise(n, k, GROUP, seed)
+    value = exact_groupwise(n, k, seed)
     if ordered:
         order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).int()
         value = replace(value, act_order=order)
     return Int4OpaqueTensor.from_groupwise(value, dtype=dtype, act_pre_scale=scale)
+
+
+def exact_groupwise(n: int, k: int, seed: int = 0) -> GroupwiseInt4:
+    """The same in every instruction set, where powers and normal numbers differ in the last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-k // GROUP)
+    scale = torch.randint(32, 256, (n, groups), generator=generator) / 2**13
+    zero = torch.randint(-255, 256, (n, groups), generator=generator) / 2**9
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    return GroupwiseInt4(codes, scale.to(SCALES), zero.to(SCALES), GROUP)
 
 
 def stack_of(experts: int, n: int, k: int) -> Int4OpaqueTensor:

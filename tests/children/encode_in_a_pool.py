@@ -24,7 +24,9 @@ def main() -> None:
     pool = model.start_multi_process_pool(["cpu"] * 2)
     found = model.encode(SENTENCES, pool=pool, batch_size=2, chunk_size=2, convert_to_tensor=True)
     model.stop_multi_process_pool(pool)
-    assert torch.allclose(found, expected, atol=1e-6)
+    # The pool puts other sentences together: other numbers of rows, of which few are rounded to 16
+    # bits, 2^-16 of the largest in a row, layer after layer. Other weights would be 1e-2 off.
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
 
 
 if __name__ == "__main__":
