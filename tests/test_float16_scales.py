@@ -445,8 +445,7 @@ def test_what_ranks_compare_has_the_dtype() -> None:
 
 # --- everything else ----------------------------------------------------------------------------
 
-#: Of the other tests one in so many is run again, all over their files; ``1`` (by hand) runs all, in 6
-#: to 15 minutes.
+#: Of the other tests one in so many is run again, all over their files; ``1`` (by hand) runs all.
 EVERY = os.environ.get("INT4CPU_TEST_EVERY", "4")
 
 #: What can only be of bfloat16 scales: the numbers of format versions; weights that `quantize_` makes,

@@ -34,7 +34,8 @@ def to_native_layout(folder: Path, progress: Progress) -> tuple[int, int]:
     """Repack what is in the layout of another CPU; the numbers stay as they are.
 
     All files are written beside the old ones first, one in memory at a time, and then take their names.
-    What an interrupted call has done is right for whoever loads it, and another call does the rest.
+    A call that is stopped before that has changed nothing. One that is stopped among the names, an
+    instant, leaves files that disagree: do not load the model before another call has made it good.
 
     Args:
         folder: with safetensors files of this package's weights.
