@@ -96,8 +96,8 @@ def asked_of_vllm(folder: Path, processes: int = 1) -> dict[str, Any]:
 def assert_same_as_transformers(folder: Path, found: dict[str, Any]) -> None:
     """Teacher forcing: every log-probability within what bfloat16 between layers leaves open.
 
-    Both round what is between the layers to 8 bits, in another order of sums: 2^-9 of logits below 2, at
-    about sixteen places of two layers, if all of them fell to one side. Found: at most 0.016.
+    Both round what is between the layers to 8 bits, in another order of sums: 2^-9 of logits below 2,
+    at about sixteen places of two layers, if all of them fell to one side. Found: at most 0.016.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
