@@ -99,6 +99,7 @@ MODULES = {
         "config",
     ],
     "convert": [
+        "names",
         "plan",
         "shards",
         "directory",

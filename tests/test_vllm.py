@@ -7,13 +7,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import socket
 import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,10 @@ import pytest
 import torch
 from torchao.quantization import FqnToConfig, quantize_
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -30,6 +37,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tests.foreign_checkpoints import save_foreign
 from tests.test_gguf_export import tokenizer
 from torchao_int4cpu import Int4WeightOnlyConfig
 from torchao_int4cpu import __main__ as cli
@@ -79,14 +87,23 @@ def saved(make: Callable[[], Any], config: Any, folder: Path, **options: Any) ->
         by_name = {"filter_fn": None} if isinstance(config, FqnToConfig) else {}
         quantize_(model, config, **by_name)
     model.save_pretrained(folder, **options)
-    tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def asked_of_vllm(folder: Path, processes: int = 1) -> dict[str, Any]:
+def save_tokenizer(folder: Path) -> None:
+    made = tokenizer()
+    made.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    made.save_pretrained(folder)
+
+
+def asked_of_vllm(folder: Path, processes: int = 1, **variables: str) -> dict[str, Any]:
     child = Path(__file__).parent / "children" / "vllm_logprobs.py"
     command = [PYTHON, str(child), str(folder), str(processes), *map(str, TOKENS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    environment = os.environ | variables
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, Any] = json.loads(lines[0].removeprefix("FOUND"))
@@ -141,6 +158,48 @@ def test_experts(make: Callable[[], Any], tmp_path: Path) -> None:
         assert kind == "Int4OpaqueTensor"
 
 
+def test_experts_by_the_command(tmp_path: Path) -> None:
+    dense = saved(qwen3_moe, None, tmp_path / "dense")
+    arguments = [str(dense), str(tmp_path / "out"), "--group-size", "32", "--experts"]
+    assert cli.main(["quantize", *arguments]) == 0
+    found = asked_of_vllm(tmp_path / "out")
+    assert_same_as_transformers(tmp_path / "out", found)
+    assert found["types"]["model.layers.1.mlp.experts.routed_experts.w2_weight"] == "Int4OpaqueTensor"
+
+
+@pytest.mark.parametrize(
+    ("format", "packed_for", "served_by"), [("gptq", "avx2", "default"), ("awq", "default", "avx2")]
+)
+def test_other_tools_checkpoints_without_avx512(
+    format: str, packed_for: str, served_by: str, tmp_path: Path
+) -> None:
+    """Of which vLLM has no kernel there; converted for one instruction set, and served by another."""
+    torch.manual_seed(0)
+    save_foreign(tmp_path / "foreign", llama().bfloat16(), format)
+    save_tokenizer(tmp_path / "foreign")
+    command = [sys.executable, "-m", "torchao_int4cpu", "convert", "foreign", "out"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": packed_for}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    found = asked_of_vllm(tmp_path / "out", ATEN_CPU_CAPABILITY=served_by)
+    assert_same_as_transformers(tmp_path / "out", found)
+    assert found["types"]["model.layers.1.mlp.gate_up_proj.weight"] == "Int4OpaqueTensor"
+
+
+def test_a_pooling_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
+    folder = saved(lambda: BertModel(BertConfig(**sizes, num_attention_heads=2)), G32, tmp_path)
+    found = asked_of_vllm(folder, 0)
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        first = model(torch.tensor([TOKENS])).last_hidden_state[0, 0].float()
+    expected = first / first.norm()
+    other = first.roll(1) / first.norm()
+    # Numbers of norm 1 in bfloat16, through two layers: 2^-7 for each of 64 is 1 - cosine of 2^-15.
+    assert float(torch.tensor(found["embedding"]) @ expected) > 1 - 2**-12
+    assert float(torch.tensor(found["embedding"]) @ other) < 0.9
+    assert found["types"]["encoder.layer.0.attention.self.qkv_proj.weight"] == "Int4OpaqueTensor"
+
+
 def test_dense_experts_beside_4_bit_layers(tmp_path: Path) -> None:
     """By the command, and by save_pretrained, where the head is 4-bit, too."""
     dense = saved(qwen3_moe, None, tmp_path / "dense")
@@ -155,8 +214,22 @@ def test_weights_that_vllm_joins_and_the_file_has_apart(tmp_path: Path) -> None:
         asked_of_vllm(folder)
 
 
-def test_an_answer_over_http(tmp_path: Path) -> None:
+def test_answers_over_http(tmp_path: Path) -> None:
+    """A completion and a chat, the same again when they are asked again."""
     folder = saved(llama, G32, tmp_path)
+    with serving(folder) as ask:
+        completion, again = (ask("completions", {"prompt": TOKENS}) for _ in range(2))
+        message = {"role": "user", "content": "the quick brown fox"}
+        chat, chat_again = (ask("chat/completions", {"messages": [message]}) for _ in range(2))
+    assert completion["usage"]["prompt_tokens"] == len(TOKENS)
+    assert completion["usage"]["completion_tokens"] == chat["usage"]["completion_tokens"] == 6
+    assert completion["choices"][0]["text"] == again["choices"][0]["text"]
+    assert chat["choices"][0]["message"]["content"] == chat_again["choices"][0]["message"]["content"]
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
+    """vLLM's server of a model; yields what asks it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,29 +237,34 @@ def test_an_answer_over_http(tmp_path: Path) -> None:
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--enforce-eager"),
     ]
-    log = (tmp_path / "log").open("w")
+    log = folder / "log"
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path) as server:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder) as server,
+    ):
         try:
-            asked = {"prompt": TOKENS, "max_tokens": 6, "seed": 1}
-            answer, again = (_ask(port, server, tmp_path / "log", asked) for _ in range(2))
+            yield functools.partial(_ask, port, server, log)
         finally:
             server.terminate()
-    assert answer["usage"] == {**answer["usage"], "prompt_tokens": len(TOKENS), "completion_tokens": 6}
-    assert answer["choices"][0]["text"] == again["choices"][0]["text"]
 
 
-def _ask(port: int, server: Any, log: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """What the server completes; it has five minutes to start."""
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    data = json.dumps(body | {"temperature": 0, "ignore_eos": True}).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def _ask(port: int, server: Any, log: Path, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What the server says; it has five minutes to start."""
+    asked = body | {"temperature": 0, "ignore_eos": True, "max_tokens": 6, "seed": 1}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/{path}",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
     for _ in range(150):
         assert server.poll() is None, log.read_text()[-4000:]
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 found: dict[str, Any] = json.loads(answer.read())
                 return found
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
         except OSError:
             time.sleep(2)
     raise AssertionError(log.read_text()[-4000:])

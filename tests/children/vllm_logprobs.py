@@ -1,6 +1,8 @@
 """Run by a Python that has vLLM: what it says of some tokens, and how it holds its weights, as JSON.
 
 python vllm_logprobs.py MODEL PROCESSES TOKEN...
+
+With 0 processes it is one, and a pooling model: what it says is the embedding.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=128,
         dtype="bfloat16",
-        tensor_parallel_size=processes,
+        tensor_parallel_size=max(1, processes),
+        runner="generate" if processes else "pooling",
     )
-    sampling = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0)
-    (output,) = llm.generate([{"prompt_token_ids": tokens}], sampling)
-    found: dict[str, object] = {
-        "logprobs": [each[i].logprob for each, i in zip(output.prompt_logprobs[1:], tokens[1:])],
-        "generated": list(output.outputs[0].token_ids),
-    }
-    if processes == 1:
+    prompts = [{"prompt_token_ids": tokens}]
+    found: dict[str, object] = {}
+    if processes:
+        sampling = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0)
+        (output,) = llm.generate(prompts, sampling)
+        found["logprobs"] = [each[i].logprob for each, i in zip(output.prompt_logprobs[1:], tokens[1:])]
+        found["generated"] = list(output.outputs[0].token_ids)
+    else:
+        found["embedding"] = llm.embed(prompts)[0].outputs.embedding
+    if processes < 2:
         model = llm.llm_engine.model_executor.driver_worker.model_runner.model
         found["types"] = {name: type(each).__name__ for name, each in model.named_parameters()}
     print("FOUND" + json.dumps(found))

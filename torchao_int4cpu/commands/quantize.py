@@ -21,7 +21,7 @@ from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, token
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
 from torchao_int4cpu.integrations.vllm_configs import torn
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
-from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4Weight
 
 #: Of a calibration text, if nothing is said.
 TOKENS = 32768
@@ -68,6 +68,9 @@ def add_to(commands: Commands) -> None:
         help="quantize the input embedding too; a head that is tied to it shares its 4-bit weight",
     )
     command.add_argument(
+        "--experts", action="store_true", help="quantize the experts of a mixture of experts too"
+    )
+    command.add_argument(
         "--dtype", choices=sorted(DTYPES), help="of the model; without it what config.json says"
     )
     command.set_defaults(run=run)
@@ -96,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         skip=args.skip,
         head=args.head,
         embeddings=args.embeddings,
+        experts=args.experts,
         dtype=dtype,
     )
     plan = planned()
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     told: list[CalibratedWeight] = []
     store: Store | None = None
 
-    def known(name: str) -> Int4OpaqueTensor | None:
+    def known(name: str) -> Int4Weight | None:
         found = None if store is None else store.find(name)
         return None if found is None else found["weight"]
 
@@ -119,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
                     sizes = group_sizes_of_directory(plan, batches, folder, tell, args.target_bits)
                     plan = planned(group_sizes=sizes)
                 store, told = calibrate_directory(plan, batches, folder, tell)
-        with bytes_bar(sum(tensor.source.nbytes for tensor in plan.tensors)) as progress:
+        with bytes_bar(sum(tensor.nbytes for tensor in plan.tensors)) as progress:
             report = quantize_directory(plan, args.out, progress, known)
     except KeyboardInterrupt:
         return interrupted()

@@ -20,7 +20,8 @@ from torchao_int4cpu.calibration.targets import CalibratedWeight, Rules, choose,
 from torchao_int4cpu.calibration.work import Quantizing, settings_of
 from torchao_int4cpu.checkpoint.safetensors import Source, read_header
 from torchao_int4cpu.convert.directory import read
-from torchao_int4cpu.convert.plan import Names, Plan, ends, expert_number, set_dtype
+from torchao_int4cpu.convert.names import Names, Stacks
+from torchao_int4cpu.convert.plan import Plan, ends, set_dtype
 from torchao_int4cpu.extras import import_extra
 
 
@@ -106,15 +107,10 @@ class _Parts:
         self.model = _without_numbers(plan)
         files = sorted(plan.folder.glob("*.safetensors"))
         tensors = _Tensors(self.model, [source for file in files for source in read_header(file)])
-        wanted = {tensor.name for tensor in plan.tensors if not tensor.kept}
-        found, _ = choose(self.model, plan.config, lambda module, name: f"{name}.weight" in wanted)
+        found, _ = choose(self.model, plan.by_name(), None)
         blocks = {n: block for row in rows_of_blocks(self.model, found) for n, block in row.items()}
         inside = {module for block in blocks.values() for module in block.modules()}
-        self.targets = [
-            target.in_groups(plan.group_size(target.name))
-            for target in found
-            if target.module in inside
-        ]
+        self.targets = [target for target in found if target.module in inside]
         if not self.targets:
             raise ValueError(
                 f"{str(plan.folder)!r}: {type(self.model).__name__} has no row of blocks with weights "
@@ -141,16 +137,15 @@ class _Tensors:
     """The numbers of a model's tensors, in the files of its directory, by the model's names."""
 
     def __init__(self, model: Any, sources: list[Source]) -> None:
-        self._names = Names(model, None, torch.float32)
+        names = Names(model, None, torch.float32)
         self._sources: dict[str, Source] = {}
-        self._stacks: dict[str, dict[str, dict[int, Source]]] = {}
+        self._stacks: Stacks[Source] = Stacks(names)
         for source in sources:
-            name, pattern = self._names.find(source.key)
+            name, pattern = names.find(source.key)
             if pattern is None:
                 self._sources[name] = source
             else:
-                number = expert_number(pattern, source.key)
-                self._stacks.setdefault(name, {}).setdefault(pattern, {})[number] = source
+                self._stacks.add(name, pattern, source.key, source)
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources or name in self._stacks
@@ -159,10 +154,8 @@ class _Tensors:
         """A tensor, in the dtype that the file has it in."""
         if name in self._sources:
             return read(self._sources[name])
-        experts = self._stacks[name]
-        patterns = self._names.stacked_by(next(iter(experts)))
-        numbers = sorted(experts[patterns[0]])
-        return torch.stack([torch.cat([read(experts[p][e]) for p in patterns]) for e in numbers])
+        experts = self._stacks.of(name)
+        return torch.stack([torch.cat([read(part) for part in parts]) for parts in experts])
 
 
 class _OneBlock(Memory):

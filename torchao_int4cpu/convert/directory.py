@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
@@ -18,7 +19,9 @@ from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, 
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
 from torchao_int4cpu.format.packed import packed_bytes
+from torchao_int4cpu.format.packing import pack_into, unpacked
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
+from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
 #: Elements whose error is measured at once, so that no float32 copy of a weight is made.
 ERROR_ELEMENTS = 2**22
@@ -37,7 +40,7 @@ WEIGHT_FILES = (
 
 
 #: Gives a 4-bit weight of a name, if it was calibrated.
-Calibrated = Callable[[str], Int4OpaqueTensor | None]
+Calibrated = Callable[[str], Int4Weight | None]
 
 
 def quantize_directory(
@@ -63,14 +66,19 @@ def quantize_directory(
 
     config = plan.model_config.to_dict()
     config["quantization_config"] = plan.model_config.quantization_config.to_dict()
-    files = sorted({tensor.source.file for tensor in plan.tensors})
-    largest = max(tensor.source.nbytes for tensor in plan.tensors)
+    sources = [source for tensor in plan.tensors for parts in tensor.sources for source in parts]
+    files = sorted({source.file for source in sources})
+    largest = max(source.nbytes for source in sources)
     settings = settings_of(files, config=config, tensors=[tensor.name for tensor in plan.tensors])
     return write_directory(_items(plan, calibrated), out, settings, finish, progress, largest=largest)
 
 
 def sqnr(w: Tensor, value: GroupwiseInt4) -> float:
     """Signal to quantization noise of a weight ``[N, K]``, in dB: ``10 log10(sum w² / sum error²)``."""
+    return _decibels(*_signal_and_noise(w, value))
+
+
+def _signal_and_noise(w: Tensor, value: GroupwiseInt4) -> tuple[float, float]:
     n, k = w.shape
     rows = max(1, ERROR_ELEMENTS // k)
     signal = noise = 0.0
@@ -80,45 +88,75 @@ def sqnr(w: Tensor, value: GroupwiseInt4) -> float:
         exact = w[part].float()
         signal += float(exact.square().sum())
         noise += float(stored.dequantize().sub_(exact).square_().sum())
+    return signal, noise
+
+
+def _decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
 def _items(plan: Plan, calibrated: Calibrated) -> Iterator[Item]:
     for tensor in plan.tensors:
-        shape = tensor.source.shape
-        size = math.prod(shape) * tensor.dtype.itemsize
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
         if not tensor.kept:
-            size = packed_bytes(shape, plan.group_size(tensor.name))
+            size = packed_bytes(tensor.shape, plan.group_size(tensor.name))
         make = functools.partial(_make, plan, tensor, calibrated)
-        yield Item(tensor.name, tensor.source.nbytes, size, tensor.kept, make)
+        yield Item(tensor.name, tensor.nbytes, size, tensor.kept, make)
 
 
 def _make(plan: Plan, tensor: Planned, calibrated: Calibrated) -> tuple[Tensor, float]:
-    data = read(tensor.source).to(tensor.dtype)
     if tensor.kept:
-        return data, math.inf
+        return read(tensor.source).to(tensor.dtype), math.inf
+    group_size = plan.group_size(tensor.name)
     known = calibrated(tensor.name)
-    if known is None:
-        return _quantize(plan, tensor, data)
-    value = known.to_groupwise()
-    return Int4OpaqueTensor.from_groupwise(value, dtype=tensor.dtype), sqnr(data, value)
+    done = None if known is None else weight_of(known).matrices()
+    packed = Int4OpaqueTensor.empty(tensor.shape, group_size, tensor.dtype)
+    signal = noise = 0.0
+    for i, (matrix, place) in enumerate(zip(_matrices(tensor), packed.matrices(), strict=True)):
+        w = matrix.to(tensor.dtype)
+        if done is None:
+            value = _quantize(plan, tensor, w)
+        else:
+            value = GroupwiseInt4(*unpacked(done[i]), group_size)
+        pack_into(place, value)
+        powers = _signal_and_noise(w, value)
+        signal, noise = signal + powers[0], noise + powers[1]
+    made = Int4TransposedTensor(packed) if tensor.is_input_first else packed
+    return made, _decibels(signal, noise)
 
 
-def read(source: Source) -> Tensor:
-    """One tensor. The file is opened for each: pages of a mapping stay in memory as long as it does."""
+def _matrices(tensor: Planned) -> Iterator[Tensor]:
+    """``[N, K]``, one after the other: the weight, or each expert of a stack."""
+    if tensor.is_apart:
+        for parts in tensor.sources:
+            yield torch.cat([read(part) for part in parts])
+    elif len(tensor.shape) == 2:
+        yield read(tensor.source)
+    else:
+        for i in range(tensor.shape[0]):
+            matrix = read(tensor.source, i)
+            yield matrix.T.contiguous() if tensor.is_input_first else matrix
+
+
+def read(source: Source, index: int | None = None) -> Tensor:
+    """One tensor, or what it has at an index of its first dimension.
+
+    The file is opened for each: pages of a mapping stay in memory as long as it does.
+    """
     safetensors = import_extra("safetensors", "hf")
     with safetensors.safe_open(source.file, framework="pt") as file:
-        data: Tensor = file.get_tensor(source.key)
+        data: Tensor = (
+            file.get_tensor(source.key) if index is None else file.get_slice(source.key)[index]
+        )
         return data
 
 
-def _quantize(plan: Plan, tensor: Planned, w: Tensor) -> tuple[Int4OpaqueTensor, float]:
+def _quantize(plan: Plan, tensor: Planned, w: Tensor) -> GroupwiseInt4:
     algorithm = plan.config.int4_choose_qparams_algorithm
     try:
-        value = choose_qparams(w, plan.group_size(tensor.name), algorithm)
+        return choose_qparams(w, plan.group_size(tensor.name), algorithm)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{tensor.name}: {error}") from error
-    return Int4OpaqueTensor.from_groupwise(value, dtype=tensor.dtype), sqnr(w, value)
 
 
 def copy_other_files(source: Path, out: Path) -> None:

@@ -18,15 +18,8 @@ from torch import Tensor, nn
 
 from torchao_int4cpu.checkpoint.safetensors import TYPE_NAME, Source, read_header
 from torchao_int4cpu.convert.directory import copy_other_files, read
-from torchao_int4cpu.convert.plan import (
-    MERGED,
-    NOT_IN_MODEL,
-    Names,
-    dtype_of_model,
-    empty_model,
-    expert_number,
-    set_dtype,
-)
+from torchao_int4cpu.convert.names import Names, Stacks
+from torchao_int4cpu.convert.plan import MERGED, NOT_IN_MODEL, dtype_of_model, empty_model, set_dtype
 from torchao_int4cpu.convert.shards import Item, Progress, Report, settings_of, write_directory
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import GroupwiseInt4
@@ -36,9 +29,6 @@ from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
 
 #: Why a tensor of such a checkpoint stays dense.
 DENSE = "dense in the file"
-
-#: Of a layer: by transformers' pattern for them, and by number, the parts of each expert.
-_Experts = dict[str, dict[int, dict[str, Source]]]
 
 #: The parts of a weight by their names in the file, and its K: to the value.
 _Read = Callable[[dict[str, Tensor], int], GroupwiseInt4]
@@ -159,7 +149,7 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
             weights.setdefault(stem, {})[last] = source
     needed = {format.parts[0], format.parts[1]}  # a dense weight has one name in common with MLX
     weights = {stem: parts for stem, parts in weights.items() if needed <= parts.keys()}
-    stacks: dict[str, _Experts] = {}
+    stacks: Stacks[dict[str, Source]] = Stacks(names)
     for source in sources:
         stem, _, last = source.key.rpartition(".")
         parts = weights.get(stem, {})
@@ -171,9 +161,9 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
             if pattern is None:
                 yield _int4_item(model, names.held, format, key, name, parts, dtype)
             else:
-                stacks.setdefault(name, {}).setdefault(pattern, {})[expert_number(pattern, key)] = parts
-    for name, experts in stacks.items():
-        yield _stack_item(names, format, name, experts, dtype)
+                stacks.add(name, pattern, key, parts)
+    for name in stacks:
+        yield _stack_item(format, name, stacks.of(name), names.held[name].shape, dtype)
 
 
 def _dense_item(names: Names, source: Source) -> Item:
@@ -229,20 +219,19 @@ def _groupwise(format: _Format, parts: dict[str, Source], k: int) -> GroupwiseIn
 
 
 def _stack_item(
-    names: Names, format: _Format, name: str, experts: _Experts, dtype: torch.dtype
+    format: _Format,
+    name: str,
+    experts: list[list[dict[str, Source]]],
+    shape: torch.Size,
+    dtype: torch.dtype,
 ) -> Item:
     """The experts of a layer as transformers has them: ``[E, N, K]``, a gate and its up joined."""
-    patterns = names.stacked_by(next(iter(experts)))
-    shape = names.held[name].shape
-    numbers = list(range(shape[0]))
-    if any(sorted(experts.get(pattern, {})) != numbers for pattern in patterns):
-        raise ValueError(f"the file has not all of the {shape[0]} experts of {name}; fetch it again")
 
     def make() -> tuple[Tensor, float]:
         try:
             matrices = [
-                _combined([_groupwise(format, experts[p][e], shape[-1]) for p in patterns], torch.cat)
-                for e in numbers
+                _combined([_groupwise(format, part, shape[-1]) for part in parts], torch.cat)
+                for parts in experts
             ]
             stack = _combined(matrices, torch.stack)
             if stack.shape != shape:
@@ -254,8 +243,7 @@ def _stack_item(
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name}: {error}") from error
 
-    of_all = [parts for by_number in experts.values() for parts in by_number.values()]
-    size = sum(source.nbytes for parts in of_all for source in parts.values())
+    size = sum(source.nbytes for parts in experts for part in parts for source in part.values())
     return Item(name, size, size, "", make)
 
 

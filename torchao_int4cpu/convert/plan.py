@@ -7,6 +7,7 @@ the same config. It is asked on a model without data. Needs the ``hf`` extra.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from torchao_int4cpu.checkpoint.safetensors import Source, read_header
+from torchao_int4cpu.convert.names import Names, Stacks
 from torchao_int4cpu.extras import import_extra
 from torchao_int4cpu.format.groupwise import FLOAT_DTYPES
 from torchao_int4cpu.format.packed import packed_bytes
@@ -29,21 +31,44 @@ from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 #: Why tensors are kept under the names that they have.
 MERGED, NOT_IN_MODEL = "put together with others by transformers", "not in the model"
 
+#: Why experts are kept.
+NOT_ASKED_FOR = "experts, without --experts"
+
 
 class Planned(NamedTuple):
     """What becomes of a tensor.
 
     Attributes:
-        source: the tensor.
+        sources: the tensor; or of a stack that the files have apart, for each expert the parts of which
+            it consists, in the order of their rows.
         name: of the parameter; the key of the source where transformers changes more than the name.
+        shape: in the model; of a 4-bit one ``[N, K]`` or ``[E, N, K]``.
         dtype: that the model holds it in.
         kept: why it is not quantized; empty if it is.
+        is_input_first: whether the model has it as ``[E, K, N]``.
     """
 
-    source: Source
+    sources: list[list[Source]]
     name: str
+    shape: tuple[int, ...]
     dtype: torch.dtype
     kept: str
+    is_input_first: bool = False
+
+    @property
+    def source(self) -> Source:
+        """The tensor, or the first part of it."""
+        return self.sources[0][0]
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each expert of a stack is by itself in the files."""
+        return len(self.source.shape) < len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """In the files."""
+        return sum(source.nbytes for parts in self.sources for source in parts)
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,11 @@ class Plan:
         """Of a weight."""
         return self.group_sizes.get(name, self.config.group_size)
 
+    def by_name(self) -> FqnToConfig:
+        """torchao's config of the 4-bit weights, each by its whole name."""
+        names = [tensor.name for tensor in self.tensors if not tensor.kept]
+        return FqnToConfig({name: _in_groups(self.config, self.group_size(name)) for name in names})
+
     def modules(self) -> tuple[list[str], list[str]]:
         """The names of those whose weight becomes 4-bit, and of those whose does not."""
         found: tuple[list[str], list[str]] = ([], [])
@@ -84,6 +114,7 @@ def make_plan(
     skip: Sequence[str] = (),
     head: bool = False,
     embeddings: bool = False,
+    experts: bool = False,
     dtype: torch.dtype | None = None,
     group_sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
@@ -96,6 +127,7 @@ def make_plan(
             module's name, its end, or a regular expression for the start.
         head: also quantize the linear layer that makes the logits.
         embeddings: also quantize the input embedding; with a tied model that is the head, too.
+        experts: also quantize the experts that transformers runs as stacks.
         dtype: of the model; None for what its config says, or else its first floating tensor.
         group_sizes: of weights that are to have another than the config's, by their names.
 
@@ -103,7 +135,7 @@ def make_plan(
         MissingExtra: transformers or safetensors is not installed.
         ValueError: the folder is no such directory, its model is quantized already, is of a class that
             transformers does not have, or has nothing to quantize; or a pattern is wrong, or what
-            ``head`` or ``embeddings`` asks for cannot be done.
+            ``head``, ``embeddings`` or ``experts`` asks for cannot be done.
     """
     transformers = import_extra("transformers", "hf")
     files = sorted(folder.glob("*.safetensors"))
@@ -129,7 +161,7 @@ def make_plan(
     dtype = dtype or dtype_of_model(model_config, sources)
     set_dtype(model_config, dtype)
     model = empty_model(transformers, model_config, dtype)
-    included = _included(model, head, embeddings)
+    included = _included(model, head, embeddings, experts)
     chosen = {name for name in included if not _is_skipped(name, skip)}
     skipped = included - chosen
     quantization, quantizer = _quantizer(transformers, model, config, skipped, chosen, group_sizes)
@@ -185,8 +217,8 @@ def empty_model(transformers: Any, model_config: Any, dtype: torch.dtype) -> Any
         return model_class._from_config(model_config, dtype=dtype)
 
 
-def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
-    """Names of the modules to quantize, before ``skip``: linear layers, and what is asked for."""
+def _included(model: Any, head: bool, embeddings: bool, experts: bool) -> set[str]:
+    """Names of the weights to quantize, before ``skip``: of linear layers, and what is asked for."""
     source, output = ends(model)
     tied = output is not None and output.weight is getattr(source, "weight", None)
     if head and tied and not embeddings:
@@ -199,13 +231,31 @@ def _included(model: Any, head: bool, embeddings: bool) -> set[str]:
             f"the input embedding of {type(model).__name__} is a {type(source).__name__}; only "
             "torch.nn.Embedding can be quantized, so leave out --embeddings (embeddings=True)"
         )
+    stacks = expert_stacks(model) if experts else {}
+    if experts and not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that transformers runs as stacks, with "
+            "set_experts_implementation; leave out --experts (experts=True)"
+        )
 
     def is_included(module: nn.Module) -> bool:
         if module is output:
             return isinstance(module, nn.Linear) and (head or (embeddings and tied))
         return isinstance(module, nn.Linear) or (embeddings and module is source)
 
-    return {name for name, module in model.named_modules() if is_included(module)}
+    layers = {f"{name}.weight" for name, module in model.named_modules() if is_included(module)}
+    return layers | stacks.keys()
+
+
+def expert_stacks(model: nn.Module) -> dict[str, bool]:
+    """The stacks of experts of a model by their names: whether they are ``[E, K, N]``."""
+    return {
+        f"{name}.{parameter}": module.is_transposed
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "is_transposed", None), bool)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
 
 
 def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
@@ -219,7 +269,7 @@ def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
 def _is_skipped(name: str, skip: Sequence[str]) -> bool:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    return bool(skip) and not should_convert_module(name, list(skip))
+    return bool(skip) and not should_convert_module(name.removesuffix(".weight"), list(skip))
 
 
 def _quantizer(
@@ -230,15 +280,15 @@ def _quantizer(
     chosen: set[str],
     group_sizes: Mapping[str, int],
 ) -> tuple[Any, Any]:
-    """transformers' config and its quantizer, set up for the model; both sets are of modules."""
+    """transformers' config and its quantizer, set up for the model; both sets are of weights."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     source, output = ends(model)
-    modules = [model.get_submodule(name) for name in chosen]
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name in chosen]
     embeddings = any(module is source for module in modules)
-    # transformers applies a plain config to linear layers only. One by name reaches the embedding, but
-    # a tied one only with the flag; and what has no entry then stays dense, without "_default".
-    by_name = embeddings or bool(group_sizes)
+    # transformers applies a plain config to linear layers only. One by name reaches experts, and the
+    # embedding, but a tied one only with the flag; what has no entry stays dense without "_default".
+    by_name = embeddings or bool(group_sizes) or not all(name.endswith(".weight") for name in chosen)
     quant_type = _by_name(model, config, chosen, group_sizes) if by_name else config
 
     def set_up(kept: list[str] | None) -> tuple[Any, Any]:
@@ -255,95 +305,27 @@ def _quantizer(
     if skipped:
         # A list replaces what transformers keeps by itself (the output head), so it has to say both. It
         # has whole names: transformers 5.24 compares the end of a pattern with that of ``name.weight``.
-        quantization, quantizer = set_up(sorted({*quantizer.modules_to_not_convert, *skipped}))
+        kept = {name.removesuffix(".weight") for name in skipped}
+        quantization, quantizer = set_up(sorted({*quantizer.modules_to_not_convert, *kept}))
     return quantization, quantizer
 
 
 def _by_name(
-    model: Any, config: Int4WeightOnlyConfig, modules: set[str], group_sizes: Mapping[str, int]
+    model: Any, config: Int4WeightOnlyConfig, weights: set[str], group_sizes: Mapping[str, int]
 ) -> FqnToConfig:
-    """The config for the weights of these modules, each in its own group size, and for nothing else.
+    """The config for these weights, each in its own group size, and for nothing else.
 
     A bias is no weight; and ``"_default"``, which would be shorter, is dropped by torchao.
     """
-    weights = [f"{name}.weight" for name in sorted(modules)]
-    sizes = {weight: group_sizes.get(weight, config.group_size) for weight in weights}
-    configs = {size: copy.copy(config) for size in sizes.values()}
-    for size, each in configs.items():
-        each.group_size = size
+    sizes = {weight: group_sizes.get(weight, config.group_size) for weight in sorted(weights)}
+    configs = {size: _in_groups(config, size) for size in sizes.values()}
     return FqnToConfig({key: configs[size] for key, size in entries(model, sizes)})
 
 
-class Names:
-    """What a model calls the tensors of its files, and which dtype it holds them in.
-
-    Args:
-        model: without data.
-        quantizer: transformers' own, whose conversions take part; or None.
-        dtype: of the model.
-    """
-
-    def __init__(self, model: Any, quantizer: Any, dtype: torch.dtype) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        conversions = get_model_conversion_mapping(model, None, quantizer)
-        self._converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        self._renamings = [each for each in conversions if not isinstance(each, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._in_float32 = [
-            re.compile(rf"(^|\.){re.escape(module)}($|\.)") for module in model._get_dtype_plan(dtype)
-        ]
-        self.held = model.state_dict()
-
-    def find(self, key: str) -> tuple[str, str | None]:
-        """The name in the model, and the pattern of a converter that puts several tensors together."""
-        from transformers.core_model_loading import rename_source_key
-
-        options = {"base_model_prefix": self._prefix, "meta_state_dict": self.held}
-        name, converter = rename_source_key(key, self._renamings, self._converters, **options)
-        if name not in self.held and key in self.held:
-            name, converter = rename_source_key(key, [], [], **options)
-        return name, converter
-
-    def stacked_by(self, pattern: str) -> list[str]:
-        """The patterns whose tensors a converter stacks, joined along their rows in this order.
-
-        Raises:
-            ValueError: it does something else to them.
-        """
-        (converter,) = (each for each in self._converters if pattern in each.source_patterns)
-        steps = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
-        if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
-            raise ValueError(
-                f"transformers changes the tensors {pattern} by "
-                f"{', '.join(name for name, _ in steps)}, which 4-bit ones cannot follow; convert "
-                "another checkpoint, or quantize the original model"
-            )
-        patterns: list[str] = list(converter.source_patterns)
-        return patterns
-
-    def dtype_of(self, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
-        """That of a tensor in the model; ``dtype`` in place of the model's, if given."""
-        if any(pattern.search(name) for pattern in self._in_float32):
-            return torch.float32
-        found: torch.dtype = dtype or self.held[name].dtype
-        return found
-
-
-def expert_number(pattern: str, key: str) -> int:
-    """The number for which a pattern of transformers has a star.
-
-    Raises:
-        ValueError: the name has none there.
-    """
-    found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
-    if found is None or not found.groups():
-        raise ValueError(
-            f"{key} is put together with other tensors by transformers, and is no expert by its name; "
-            "load the model with from_pretrained beside this package, and save_pretrained it"
-        )
-    return int(found[1])
+def _in_groups(config: Int4WeightOnlyConfig, group_size: int) -> Int4WeightOnlyConfig:
+    made = copy.copy(config)
+    made.group_size = group_size
+    return made
 
 
 def _planned(
@@ -356,28 +338,46 @@ def _planned(
     group_size: Callable[[str], int],
 ) -> Iterator[Planned]:
     names = Names(model, quantizer, dtype)
+    experts, stacks = expert_stacks(model), Stacks[Source](names)
 
     def kept(name: str, found: torch.dtype, shape: Sequence[int]) -> str:
         module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or not (
-            module in included or isinstance(model.get_submodule(module), nn.Linear)
-        ):
-            return "not the weight of a linear layer"
-        if _is_skipped(module, skip):
+        is_linear = parameter == "weight" and isinstance(model.get_submodule(module), nn.Linear)
+        if name not in included and not is_linear:
+            return NOT_ASKED_FOR if name in experts else "not the weight of a linear layer"
+        if _is_skipped(name, skip):
             return "skipped, as asked for"
-        if module not in included or not quantizer.param_needs_quantization(model, name):
+        if name not in included or not quantizer.param_needs_quantization(model, name):
             return "kept by transformers, as the output head is"
         if found not in FLOAT_DTYPES:
             return f"its dtype is {found}"
         grows = packed_bytes(shape, group_size(name)) > math.prod(shape) * dtype.itemsize
         return "larger in 4 bits, because of padding" if grows else ""
 
+    def planned(name: str, sources: list[list[Source]], shape: tuple[int, ...]) -> Iterator[Planned]:
+        is_input_first = experts.get(name, False)
+        rows_first = (*shape[:-2], shape[-1], shape[-2]) if is_input_first else shape
+        why = kept(name, sources[0][0].dtype, rows_first)
+        if why and len(sources) > 1:
+            for source in itertools.chain(*sources):
+                yield as_it_is(source, why)
+        elif why:
+            yield Planned(sources, name, shape, names.dtype_of(name), why)
+        else:
+            yield Planned(sources, name, rows_first, names.dtype_of(name, dtype), "", is_input_first)
+
+    def as_it_is(source: Source, why: str) -> Planned:
+        return Planned([[source]], source.key, source.shape, source.dtype, why)
+
     for source in sources:
         name, converter = names.find(source.key)
-        if converter is not None:
-            yield Planned(source, source.key, source.dtype, MERGED)
+        if converter is not None and name in experts:
+            stacks.add(name, converter, source.key, source)
+        elif converter is not None:
+            yield as_it_is(source, MERGED)
         elif name not in names.held:
-            yield Planned(source, source.key, source.dtype, NOT_IN_MODEL)
+            yield as_it_is(source, NOT_IN_MODEL)
         else:
-            why = kept(name, source.dtype, source.shape)
-            yield Planned(source, name, names.dtype_of(name, None if why else dtype), why)
+            yield from planned(name, [[source]], source.shape)
+    for name in stacks:
+        yield from planned(name, stacks.of(name), tuple(names.held[name].shape))
