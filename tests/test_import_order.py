@@ -143,6 +143,8 @@ MODULES = {
         "model_variants",
         "model",
         "compare",
+        "vllm_worker",
+        "vllm",
     ],
     "commands": [
         "options",
@@ -154,6 +156,7 @@ MODULES = {
         "bench_model",
         "bench_moe",
         "bench_views",
+        "bench_vllm",
         "bench",
         "compare",
         "quantize",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.test_vllm_configs import experts
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, native_layout
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.checkpoint.safetensors import crc32, tell_of_repacking
-from torchao_int4cpu.convert.native import ENDING, to_native_layout
+from torchao_int4cpu.convert import native
+from torchao_int4cpu.convert.native import to_native_layout
 from torchao_int4cpu.format.layout import LAYOUTS
 from torchao_int4cpu.format.slicing import repack, stacked
 
@@ -39,14 +41,23 @@ def metadata_of(file: Path) -> dict[str, str]:
         return found
 
 
-def layouts_of(folder: Path) -> set[str]:
-    """All that any file says."""
+def layouts_of(files: Iterable[Path]) -> set[str]:
+    """All that any of these says."""
     return {
         json.loads(entry)["_data"]["qdata_layout"]
-        for file in folder.glob("*.safetensors")
+        for file in files
         for name, entry in metadata_of(file).items()
         if "qdata_layout" in entry
     }
+
+
+def files_of(folder: Path) -> set[str]:
+    return {file.name for file in folder.glob("*.safetensors")}
+
+
+def indexed_by(folder: Path) -> set[str]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return set(index["weight_map"].values())
 
 
 def in_the_other_layout(folder: Path) -> None:
@@ -82,7 +93,7 @@ def saved(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     in_the_other_layout(folder)
-    assert layouts_of(folder) == {OTHER.name}
+    assert layouts_of(folder.glob("*.safetensors")) == {OTHER.name}
     return model
 
 
@@ -99,8 +110,8 @@ def test_it_is_the_same_model(
     assert cli.main(["convert", str(tmp_path), "--layout", "native"]) == 0
     count = sum(isinstance(p, Int4OpaqueTensor) for p in model.parameters())
     assert f"{count} of {count} 4-bit weights repacked" in capsys.readouterr().out
-    assert layouts_of(tmp_path) == {NATIVE.name}
-    assert not list(tmp_path.glob(f"*{ENDING}"))
+    assert layouts_of(tmp_path.glob("*.safetensors")) == {NATIVE.name}
+    assert files_of(tmp_path) == indexed_by(tmp_path)
     tell_of_repacking.cache_clear()
     caplog.clear()
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
@@ -111,29 +122,72 @@ def test_it_is_the_same_model(
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("renamed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "at", ["first file", "second file", "index", "first removed", "second removed"]
+)
 def test_an_interrupted_call_is_made_good(
-    renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped while it writes, or between the first names."""
+    """Whenever it is stopped, the model loads as it was or as it is to be."""
     model = saved(llama(), tmp_path)
-    rename, count = Path.rename, 0
+    before = indexed_by(tmp_path)
+    (tmp_path / "other.safetensors").write_bytes((tmp_path / min(before)).read_bytes())
+    count = 0
 
-    def stop(self: Path, target: Path) -> Path:
-        nonlocal count
-        if count == renamed:
-            raise KeyboardInterrupt
-        count += 1
-        return rename(self, target)
+    def stopping(original: Callable[..., Any], when: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == when:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
 
+        return call
+
+    number = 2 if at.startswith("second") else 1
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", stop)
+        if at.endswith("file"):
+            patched.setattr(native, "_write", stopping(native._write, number))
+        elif at == "index":
+            patched.setattr(native, "_switch", stopping(native._switch, 1))
+        else:
+            patched.setattr(Path, "unlink", stopping(Path.unlink, number))
         with pytest.raises(KeyboardInterrupt):
             to_native_layout(tmp_path, nothing)
-    to_native_layout(tmp_path, nothing)
-    assert layouts_of(tmp_path) == {NATIVE.name}
+    switched = indexed_by(tmp_path) != before
+    assert switched == at.endswith("removed")
+    used = [tmp_path / name for name in indexed_by(tmp_path)]
+    assert layouts_of(used) == {NATIVE.name if switched else OTHER.name}
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
-    assert cli.main(["inspect", str(tmp_path), "--verify"]) == 0
+    to_native_layout(tmp_path, nothing)
+    assert files_of(tmp_path) == indexed_by(tmp_path) | {"other.safetensors"}  # which is not its own
+    assert layouts_of([tmp_path / name for name in indexed_by(tmp_path)]) == {NATIVE.name}
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_there_and_back_again(tmp_path: Path) -> None:
+    """Files get no longer names each time, and an only one keeps its own."""
+    model = saved(llama(), tmp_path / "several")
+    names = []
+    for _ in range(3):
+        to_native_layout(tmp_path / "several", nothing)
+        names.append(indexed_by(tmp_path / "several"))
+        in_the_other_layout(tmp_path / "several")
+    assert names[0] == names[2] != names[1]
+    assert {len(name) for name in names[0]} == {len(name) for name in names[1]}
+    model.save_pretrained(tmp_path / "one")
+    in_the_other_layout(tmp_path / "one")
+    to_native_layout(tmp_path / "one", nothing)
+    assert files_of(tmp_path / "one") == {"model.safetensors"}
+    assert layouts_of([tmp_path / "one" / "model.safetensors"]) == {NATIVE.name}
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), model)
+
+
+def test_several_files_without_an_index(tmp_path: Path) -> None:
+    saved(llama(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"safetensors files and no index .* save it again"):
+        to_native_layout(tmp_path, nothing)
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

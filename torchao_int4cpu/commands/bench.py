@@ -11,7 +11,7 @@ import torch
 
 from torchao_int4cpu.bench import layers as bench
 from torchao_int4cpu.bench import plot
-from torchao_int4cpu.commands import bench_model, bench_moe, bench_views
+from torchao_int4cpu.commands import bench_model, bench_moe, bench_views, bench_vllm
 from torchao_int4cpu.commands.environment import cpu_name, environment, show
 from torchao_int4cpu.commands.options import DTYPES, Commands, shape
 from torchao_int4cpu.format.groupwise import GROUP_SIZES
@@ -34,11 +34,18 @@ def add_to(commands: Commands) -> None:
     bench_model.add_to(command)
     bench_moe.add_to(command)
     bench_views.add_to(command)
+    bench_vllm.add_to(command)
     command.set_defaults(run=run, default_of=command.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print measured rows."""
+    if args.vllm is not None:
+        others = ("model", "moe", "views", *bench_moe.MOE_OPTIONS, *bench_model.MODEL_OPTIONS)
+        unused = ("shapes", "rows", "dtype", "prototype", "plot")
+        bench_model.refuse_given(args, (*others, *unused), "leave --vllm out")
+        return bench_vllm.run(args)
+    bench_model.refuse_given(args, bench_vllm.VLLM_OPTIONS, "add --vllm")
     if args.model is not None:
         bench_model.refuse_given(args, ("moe", "views", *bench_moe.MOE_OPTIONS), "leave --model out")
         return bench_model.run(args)

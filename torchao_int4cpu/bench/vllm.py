@@ -1,0 +1,254 @@
+"""Time a model in vLLM: in bfloat16, in vLLM's own 4-bit kernels, and in those of this package.
+
+Each variant is loaded by a process of its own (`vllm_worker`). All of them stay, and take turns in each
+pass (A B C A B C ...), so that they share the machine's noise; one that waits reads from a pipe. vLLM
+0.32 has two ways of its own for 4-bit weights on a CPU: W4A16, and with AMX W4A8, which rounds
+activations to 8 bits as well. It has them for GPTQ, AWQ and compressed-tensors alike; here the file is
+GPTQ's.
+
+Decode is what more new tokens take beyond the first one. Nothing here prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchao_int4cpu.bench.demo import Progress
+from torchao_int4cpu.bench.vllm_worker import ANSWER
+from torchao_int4cpu.convert.directory import quantize_directory
+from torchao_int4cpu.convert.export import export_directory
+from torchao_int4cpu.convert.plan import make_plan
+from torchao_int4cpu.extras import MissingExtra
+from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
+
+#: Names of the weights in a row.
+BF16, INT4, W4A16, W4A8 = "bf16", "4-bit", "vLLM W4A16", "vLLM W4A8"
+
+#: Tokens of each prompt before decode is timed, and those that are decoded.
+SHORT_PROMPT, NEW_TOKENS = 16, 32
+
+#: Starts the process of a variant.
+WORKER = [sys.executable, "-m", "torchao_int4cpu.bench.vllm_worker"]
+
+
+@dataclass(frozen=True)
+class ServingRow:
+    """One variant at one length of the prompt, or at one number of sequences.
+
+    Attributes:
+        weights: `BF16`, `INT4`, `W4A16` or `W4A8`.
+        step: ``prefill`` or ``decode``.
+        prompt_tokens, sequences: of a call.
+        ms: median milliseconds, of the prompt, or of a step of all sequences.
+        tokens_per_s: of the prompt, or of all sequences together.
+        vs_bf16: that over the one of `BF16`; above 1 is faster. NaN if that did not load.
+        weight_bytes: of all parameters.
+        resident_bytes: of the process when it was done; None where the system does not say.
+    """
+
+    weights: str
+    step: str
+    prompt_tokens: int
+    sequences: int
+    ms: float
+    tokens_per_s: float
+    vs_bf16: float
+    weight_bytes: int
+    resident_bytes: int | None
+
+
+@dataclass
+class Served:
+    """What was measured.
+
+    Attributes:
+        rows: of the variants that vLLM has loaded.
+        refused: why it has not loaded the others, by their names.
+        vllm: its version.
+    """
+
+    rows: list[ServingRow] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    vllm: str = ""
+
+
+def run(
+    folder: Path,
+    config: Int4WeightOnlyConfig,
+    progress: Progress,
+    *,
+    prompts: Sequence[int] = (256, 1024),
+    sequences: Sequence[int] = (1, 8, 32),
+    passes: int = 5,
+    compiled: bool = False,
+) -> Served:
+    """Measure.
+
+    Args:
+        folder: a Hugging Face directory of a causal language model, not quantized.
+        config: of the 4-bit weights.
+        progress: told of each step.
+        prompts: lengths of the prompts whose prefill is timed, in tokens.
+        sequences: how many are decoded together.
+        passes: of which the median is taken.
+        compiled: have vLLM compile the model, as it does by itself, which takes minutes.
+
+    Raises:
+        MissingExtra: this Python has no vLLM, or no transformers.
+        ValueError: a number is not positive, or the folder is no such directory.
+    """
+    for name, numbers in (("prompts", prompts), ("sequences", sequences), ("passes", [passes])):
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{name} has {list(numbers)}; give numbers of 1 and more")
+    if not has_vllm():
+        raise MissingExtra(
+            "vLLM is not installed in this Python: make an environment for it, as serving.md says, "
+            "and call bench --vllm there"
+        )
+    longest = max([*prompts, SHORT_PROMPT]) + NEW_TOKENS + 1
+    calls = [("prefill", tokens, 1) for tokens in prompts]
+    calls += [("decode", SHORT_PROMPT, count) for count in sequences]
+    served = Served()
+    with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as processes:
+        workers: dict[str, _Worker] = {}
+        for name, source, variables in _variants(folder, config, Path(made), progress, served):
+            progress(f"load {name}", len(workers), 4)
+            try:
+                workers[name] = processes.enter_context(_loaded(source, longest, compiled, variables))
+            except _Refused as refused:
+                served.refused[name] = str(refused)
+        samples: dict[tuple[str, int], list[float]] = {}
+        for turn in range(passes + 1):  # the first one is not counted
+            for i, (step, tokens, count) in enumerate(calls):
+                progress(f"pass {turn} of {passes}", i, len(calls))
+                for name, worker in workers.items():
+                    taken = worker.seconds_of(step, tokens, count)
+                    if turn:
+                        samples.setdefault((name, i), []).append(taken)
+        for i, (step, tokens, count) in enumerate(calls):
+            seconds = {name: statistics.median(samples[name, i]) for name in workers}
+            for name, worker in workers.items():
+                served.vllm = worker.loaded["vllm"]
+                served.rows.append(
+                    ServingRow(
+                        weights=name,
+                        step=step,
+                        prompt_tokens=tokens,
+                        sequences=count,
+                        ms=1e3 * seconds[name],
+                        tokens_per_s=(tokens if step == "prefill" else count) / seconds[name],
+                        vs_bf16=seconds.get(BF16, float("nan")) / seconds[name],
+                        weight_bytes=worker.loaded["weight_bytes"],
+                        resident_bytes=worker.resident_bytes,
+                    )
+                )
+    return served
+
+
+def has_vllm() -> bool:
+    """Whether this Python has it."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _variants(
+    folder: Path, config: Int4WeightOnlyConfig, made: Path, progress: Progress, served: Served
+) -> Iterator[tuple[str, Path, dict[str, str]]]:
+    """The name of each, its directory, and variables of the environment."""
+
+    def tell(name: str, done: int) -> None:
+        progress("quantize", 0, 0)
+
+    yield BF16, folder, {}
+    quantize_directory(make_plan(folder, config), made / "ours", tell)
+    yield INT4, made / "ours", {}
+    export_directory(made / "ours", made / "gptq", "gptq", tell)
+    yield W4A16, made / "gptq", {"VLLM_CPU_INT4_W4A8": "0"}
+    if torch.cpu._is_amx_tile_supported():
+        yield W4A8, made / "gptq", {"VLLM_CPU_INT4_W4A8": "1"}
+    else:
+        served.refused[W4A8] = "this CPU has no AMX, without which vLLM does not round activations"
+
+
+class _Refused(Exception):
+    """vLLM does not load a model."""
+
+
+class _Worker:
+    """A process that has a model, and what it said when it had loaded it."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process, self._log = process, log
+        self.loaded = self._next()
+        self.resident_bytes: int | None = None
+
+    def seconds_of(self, step: str, tokens: int, count: int) -> float:
+        """Of a prefill, or of one step of decode."""
+        first = self._ask(tokens, count, 1)
+        if step == "prefill":
+            return first
+        return (self._ask(tokens, count, 1 + NEW_TOKENS) - first) / NEW_TOKENS
+
+    def _ask(self, *call: int) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(call) + "\n")
+        self._process.stdin.flush()
+        answer = self._next()
+        self.resident_bytes = answer["resident_bytes"]
+        return float(answer["seconds"])
+
+    def _next(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+                return found
+        self._process.wait()
+        raise _Refused(_last_error(self._log.read_text()))
+
+
+def _last_error(log: str) -> str:
+    """The last line of it that names an exception."""
+    lines = [line.strip() for line in log.splitlines()]
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or ["it ended without a word"])[-1]
+
+
+@contextlib.contextmanager
+def _loaded(
+    folder: Path, longest: int, compiled: bool, variables: Mapping[str, str]
+) -> Iterator[_Worker]:
+    """A process with a model.
+
+    Raises:
+        _Refused: vLLM does not load it.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        log = Path(logs) / "log"
+        with (
+            log.open("w") as file,
+            subprocess.Popen(
+                [*WORKER, str(folder.absolute()), str(longest), str(int(compiled))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | variables,
+            ) as process,
+        ):
+            try:
+                yield _Worker(process, log)
+            finally:
+                process.kill()
