@@ -174,6 +174,7 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
     without_an_expert(source)
     with pytest.raises(ValueError, match="not all of the 4 experts of"):
         make_plan(source, CONFIG, experts=True)
+    make_plan(source, CONFIG)
 
 
 @pytest.mark.parametrize("make", [qwen3_moe, pytest.param(mixtral, marks=pytest.mark.slow), gpt_oss])

@@ -293,3 +293,21 @@ def serving(folder: Path, log: Path) -> Iterator[Server]:
             yield server
         finally:
             process.terminate()
+
+
+def test_bench(tmp_path: Path) -> None:
+    """Rows of what vLLM loads on this CPU, and its reason for the rest."""
+    folder = saved(llama, None, tmp_path / "dense")
+    options = ["--group-size", "32", "--passes", "1", "--prompts", "16", "--sequences", "2", "--json"]
+    command = [PYTHON, "-m", "torchao_int4cpu", "bench", "--vllm", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    where, *rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert where["vLLM"]
+    found = {(row["weights"], row["step"]): row for row in rows}
+    for step in ("prefill", "decode"):
+        dense, ours = found["bf16", step], found["4-bit", step]
+        assert 0 < ours["weight_bytes"] < dense["weight_bytes"] < dense["resident_bytes"]
+        assert ours["vs_bf16"] == pytest.approx(dense["ms"] / ours["ms"])
+    loaded = {name for name, _ in found}
+    assert loaded | set(where["not loaded"]) == {"bf16", "4-bit", "vLLM W4A16", "vLLM W4A8"}
+    assert all(where["not loaded"].values())

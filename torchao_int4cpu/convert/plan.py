@@ -358,23 +358,24 @@ def _planned(
         is_input_first = experts.get(name, False)
         rows_first = (*shape[:-2], shape[-1], shape[-2]) if is_input_first else shape
         why = kept(name, sources[0][0].dtype, rows_first)
-        if why and len(sources) > 1:
+        made = Planned(sources, name, rows_first, names.dtype_of(name, dtype), "", is_input_first)
+        if not why:
+            yield made
+        elif made.is_apart:
             for source in itertools.chain(*sources):
                 yield as_it_is(source, why)
-        elif why:
-            yield Planned(sources, name, shape, names.dtype_of(name), why)
         else:
-            yield Planned(sources, name, rows_first, names.dtype_of(name, dtype), "", is_input_first)
+            yield Planned(sources, name, shape, names.dtype_of(name), why)
 
     def as_it_is(source: Source, why: str) -> Planned:
         return Planned([[source]], source.key, source.shape, source.dtype, why)
 
     for source in sources:
         name, converter = names.find(source.key)
-        if converter is not None and name in experts:
+        if converter is not None and name in included:
             stacks.add(name, converter, source.key, source)
         elif converter is not None:
-            yield as_it_is(source, MERGED)
+            yield as_it_is(source, NOT_ASKED_FOR if name in experts else MERGED)
         elif name not in names.held:
             yield as_it_is(source, NOT_IN_MODEL)
         else:
