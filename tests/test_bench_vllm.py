@@ -69,6 +69,8 @@ def test_the_command(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_done(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"prompts has \[0\]; give numbers of 1 and more"):
         bench_vllm.run(source, CONFIG, nothing, prompts=[0])
+    with pytest.raises(ValueError, match=r"while bf16 .* for 99 .*: RuntimeError: no more"):
+        bench_vllm.run(source, CONFIG, nothing, sequences=[99])
     monkeypatch.undo()
     with pytest.raises(MissingExtra, match=r"vLLM is not installed .* call bench --vllm there"):
         bench_vllm.run(source, CONFIG, nothing)

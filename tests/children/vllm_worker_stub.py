@@ -24,6 +24,8 @@ def main() -> None:
     print(ANSWER + json.dumps(loaded), flush=True)
     for line in sys.stdin:
         prompt_tokens, sequences, new_tokens = json.loads(line)
+        if sequences == 99:
+            sys.exit("RuntimeError: no more memory")
         seconds = share * sequences * (prompt_tokens * 1e-3 + new_tokens * 4e-3)
         print(ANSWER + json.dumps({"seconds": seconds, "resident_bytes": 5000}), flush=True)
 

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,7 +54,7 @@ class ServingRow:
         prompt_tokens, sequences: of a call.
         ms: median milliseconds, of the prompt, or of a step of all sequences.
         tokens_per_s: of the prompt, or of all sequences together.
-        vs_bf16: that over the one of `BF16`; above 1 is faster. NaN if that did not load.
+        vs_bf16: that over the one of `BF16`; above 1 is faster. None if that did not load.
         weight_bytes: of all parameters.
         resident_bytes: of the process when it was done; None where the system does not say.
     """
@@ -65,9 +65,17 @@ class ServingRow:
     sequences: int
     ms: float
     tokens_per_s: float
-    vs_bf16: float
+    vs_bf16: float | None
     weight_bytes: int
     resident_bytes: int | None
+
+
+class _Call(NamedTuple):
+    """What is timed; see `ServingRow`."""
+
+    step: str
+    prompt_tokens: int
+    sequences: int
 
 
 @dataclass
@@ -108,7 +116,7 @@ def run(
 
     Raises:
         MissingExtra: this Python has no vLLM, or no transformers.
-        ValueError: a number is not positive, or the folder is no such directory.
+        ValueError: a number is not positive, the folder is no such directory, or vLLM ends too early.
     """
     for name, numbers in (("prompts", prompts), ("sequences", sequences), ("passes", [passes])):
         if not numbers or min(numbers) < 1:
@@ -119,8 +127,8 @@ def run(
             "and call bench --vllm there"
         )
     longest = max([*prompts, SHORT_PROMPT]) + NEW_TOKENS + 1
-    calls = [("prefill", tokens, 1) for tokens in prompts]
-    calls += [("decode", SHORT_PROMPT, count) for count in sequences]
+    calls = [_Call("prefill", tokens, 1) for tokens in prompts]
+    calls += [_Call("decode", SHORT_PROMPT, count) for count in sequences]
     served = Served()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as processes:
         workers: dict[str, _Worker] = {}
@@ -128,34 +136,53 @@ def run(
             progress(f"load {name}", len(workers), 4)
             try:
                 workers[name] = processes.enter_context(_loaded(source, longest, compiled, variables))
-            except _Refused as refused:
-                served.refused[name] = str(refused)
-        samples: dict[tuple[str, int], list[float]] = {}
-        for turn in range(passes + 1):  # the first one is not counted
-            for i, (step, tokens, count) in enumerate(calls):
-                progress(f"pass {turn} of {passes}", i, len(calls))
-                for name, worker in workers.items():
-                    taken = worker.seconds_of(step, tokens, count)
-                    if turn:
-                        samples.setdefault((name, i), []).append(taken)
-        for i, (step, tokens, count) in enumerate(calls):
-            seconds = {name: statistics.median(samples[name, i]) for name in workers}
-            for name, worker in workers.items():
-                served.vllm = worker.loaded["vllm"]
-                served.rows.append(
-                    ServingRow(
-                        weights=name,
-                        step=step,
-                        prompt_tokens=tokens,
-                        sequences=count,
-                        ms=1e3 * seconds[name],
-                        tokens_per_s=(tokens if step == "prefill" else count) / seconds[name],
-                        vs_bf16=seconds.get(BF16, float("nan")) / seconds[name],
-                        weight_bytes=worker.loaded["weight_bytes"],
-                        resident_bytes=worker.resident_bytes,
-                    )
-                )
+                served.vllm = workers[name].loaded["vllm"]
+            except _EndedError as ended:
+                served.refused[name] = str(ended)
+        seconds = _medians(workers, calls, passes, progress)
+        served.rows = [
+            _row(call, name, worker, seconds) for call in calls for name, worker in workers.items()
+        ]
     return served
+
+
+def _medians(
+    workers: Mapping[str, _Worker], calls: Sequence[_Call], passes: int, progress: Progress
+) -> dict[tuple[str, _Call], float]:
+    """Median seconds of each call of each variant, which take turns."""
+    samples: dict[tuple[str, _Call], list[float]] = {}
+    for turn in range(passes + 1):  # the first one is not counted
+        for i, call in enumerate(calls):
+            progress(f"pass {turn} of {passes}", i, len(calls))
+            for name, worker in workers.items():
+                try:
+                    taken = worker.seconds_of(call)
+                except _EndedError as ended:
+                    raise ValueError(
+                        f"vLLM has ended while {name} generated for {call.sequences} prompts of "
+                        f"{call.prompt_tokens} tokens: {ended}. Give shorter prompts, or fewer "
+                        "sequences"
+                    ) from ended
+                if turn:
+                    samples.setdefault((name, call), []).append(taken)
+    return {key: statistics.median(taken) for key, taken in samples.items()}
+
+
+def _row(
+    call: _Call, name: str, worker: _Worker, seconds: Mapping[tuple[str, _Call], float]
+) -> ServingRow:
+    taken = seconds[name, call]
+    return ServingRow(
+        weights=name,
+        step=call.step,
+        prompt_tokens=call.prompt_tokens,
+        sequences=call.sequences,
+        ms=1e3 * taken,
+        tokens_per_s=(call.prompt_tokens if call.step == "prefill" else call.sequences) / taken,
+        vs_bf16=seconds[BF16, call] / taken if (BF16, call) in seconds else None,
+        weight_bytes=worker.loaded["weight_bytes"],
+        resident_bytes=worker.resident_bytes,
+    )
 
 
 def has_vllm() -> bool:
@@ -182,8 +209,8 @@ def _variants(
         served.refused[W4A8] = "this CPU has no AMX, without which vLLM does not round activations"
 
 
-class _Refused(Exception):
-    """vLLM does not load a model."""
+class _EndedError(Exception):
+    """A process has ended: vLLM does not load the model, or fails later."""
 
 
 class _Worker:
@@ -194,17 +221,19 @@ class _Worker:
         self.loaded = self._next()
         self.resident_bytes: int | None = None
 
-    def seconds_of(self, step: str, tokens: int, count: int) -> float:
+    def seconds_of(self, call: _Call) -> float:
         """Of a prefill, or of one step of decode."""
-        first = self._ask(tokens, count, 1)
-        if step == "prefill":
+        first = self._ask(call, 1)
+        if call.step == "prefill":
             return first
-        return (self._ask(tokens, count, 1 + NEW_TOKENS) - first) / NEW_TOKENS
+        return (self._ask(call, 1 + NEW_TOKENS) - first) / NEW_TOKENS
 
-    def _ask(self, *call: int) -> float:
+    def _ask(self, call: _Call, new_tokens: int) -> float:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(call) + "\n")
-        self._process.stdin.flush()
+        asked = (call.prompt_tokens, call.sequences, new_tokens)
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer, either
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
         answer = self._next()
         self.resident_bytes = answer["resident_bytes"]
         return float(answer["seconds"])
@@ -216,7 +245,7 @@ class _Worker:
                 found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return found
         self._process.wait()
-        raise _Refused(_last_error(self._log.read_text()))
+        raise _EndedError(_last_error(self._log.read_text()))
 
 
 def _last_error(log: str) -> str:
@@ -233,7 +262,7 @@ def _loaded(
     """A process with a model.
 
     Raises:
-        _Refused: vLLM does not load it.
+        _EndedError: vLLM does not load it.
     """
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "log"

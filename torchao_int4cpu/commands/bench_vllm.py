@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(asdict(row)))
             continue
         resident = "-" if row.resident_bytes is None else f"{row.resident_bytes / 1e9:.2f}"
+        faster = "-" if row.vs_bf16 is None else f"{row.vs_bf16:.2f}"
         print(
             f"{row.weights:<11} {row.step:<8} {row.prompt_tokens:>6} {row.sequences:>9} {row.ms:>9.2f}"
-            f" {row.tokens_per_s:>8.1f} {row.vs_bf16:>6.2f} {row.weight_bytes / 1e9:>10.3f}"
+            f" {row.tokens_per_s:>8.1f} {faster:>6} {row.weight_bytes / 1e9:>10.3f}"
             f" {resident:>10}"
         )
     return 0
