@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,15 @@ def without_an_expert(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_experts_of_another_model(tmp_path: Path) -> None:
+    source = saved(qwen3_moe(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 64}))
+    with pytest.raises(ValueError, match=r"an expert has shape \[192, 64\] where the model"):
+        quantized(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done(tmp_path: Path) -> None:

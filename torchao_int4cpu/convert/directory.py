@@ -57,7 +57,8 @@ def quantize_directory(
         calibrated: weights that are not to be rounded by the config's algorithm.
 
     Raises:
-        ValueError: as `write_directory`, or a weight has NaN or infinite values.
+        ValueError: as `write_directory`, or a weight has NaN or infinite values, or an expert another
+            shape than the model's.
     """
 
     def finish(folder: Path, entries: dict[str, Any]) -> None:
@@ -113,6 +114,11 @@ def _make(plan: Plan, tensor: Planned, calibrated: Calibrated) -> tuple[Tensor, 
     packed = Int4OpaqueTensor.empty(tensor.shape, group_size, tensor.dtype)
     signal = noise = 0.0
     for i, (matrix, place) in enumerate(zip(_matrices(tensor), packed.matrices(), strict=True)):
+        if matrix.shape != tensor.shape[-2:]:
+            raise ValueError(
+                f"{tensor.name}: an expert has shape {list(matrix.shape)} where the model has "
+                f"{list(tensor.shape[-2:])}; config.json and the weights are of two models"
+            )
         w = matrix.to(tensor.dtype)
         if done is None:
             value = _quantize(plan, tensor, w)
