@@ -71,6 +71,8 @@ def test_what_cannot_be_done(source: Path, monkeypatch: pytest.MonkeyPatch) -> N
         bench_vllm.run(source, CONFIG, nothing, prompts=[0])
     with pytest.raises(ValueError, match=r"while bf16 .* for 99 .*: RuntimeError: no more"):
         bench_vllm.run(source, CONFIG, nothing, sequences=[99])
+    with pytest.raises(ValueError, match=r"is not a Hugging Face directory"):
+        bench_vllm.run(source / "missing", CONFIG, nothing)
     monkeypatch.undo()
     with pytest.raises(MissingExtra, match=r"vLLM is not installed .* call bench --vllm there"):
         bench_vllm.run(source, CONFIG, nothing)

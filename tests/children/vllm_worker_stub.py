@@ -1,6 +1,6 @@
 """Stands for `bench.vllm_worker`: 1 ms a token of a prompt, 4 ms a new one; half in 4 bits.
 
-A directory of GPTQ is refused as vLLM does.
+A directory of compressed-tensors is refused.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def main() -> None:
     config = json.loads((Path(sys.argv[1]) / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method", "")
     print("vLLM prints, too")
-    if method == "gptq":
-        print("Traceback\nAttributeError: there is no op for it\nbye", file=sys.stderr)
+    if method == "compressed-tensors":
+        print("Traceback\nAttributeError: there is no op\n  for it\n  bye", file=sys.stderr)
         sys.exit(1)
     share = 0.5 if method == "torchao" else 1.0
     loaded = {"vllm": "1.2", "weight_bytes": 1000 * share, "int4_weights": 0}

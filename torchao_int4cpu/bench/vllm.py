@@ -4,7 +4,7 @@ Each variant is loaded by a process of its own (`vllm_worker`). All of them stay
 pass (A B C A B C ...), so that they share the machine's noise; one that waits reads from a pipe. vLLM
 0.32 has two ways of its own for 4-bit weights on a CPU: W4A16, and with AMX W4A8, which rounds
 activations to 8 bits as well. It has them for GPTQ, AWQ and compressed-tensors alike; here the file is
-GPTQ's.
+that of compressed-tensors, as GPTQ's may not have zeros of its own there.
 
 Decode is what more new tokens take beyond the first one. Nothing here prints.
 """
@@ -30,7 +30,7 @@ from torchao_int4cpu.bench.demo import Progress
 from torchao_int4cpu.bench.vllm_worker import ANSWER
 from torchao_int4cpu.convert.directory import quantize_directory
 from torchao_int4cpu.convert.export import export_directory
-from torchao_int4cpu.convert.plan import make_plan
+from torchao_int4cpu.convert.plan import Plan, make_plan
 from torchao_int4cpu.extras import MissingExtra
 from torchao_int4cpu.quantize.config import Int4WeightOnlyConfig
 
@@ -126,13 +126,14 @@ def run(
             "vLLM is not installed in this Python: make an environment for it, as serving.md says, "
             "and call bench --vllm there"
         )
+    plan = make_plan(folder, config)
     longest = max([*prompts, SHORT_PROMPT]) + NEW_TOKENS + 1
     calls = [_Call("prefill", tokens, 1) for tokens in prompts]
     calls += [_Call("decode", SHORT_PROMPT, count) for count in sequences]
     served = Served()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as processes:
         workers: dict[str, _Worker] = {}
-        for name, source, variables in _variants(folder, config, Path(made), progress, served):
+        for name, source, variables in _variants(plan, Path(made), progress, served):
             progress(f"load {name}", len(workers), 4)
             try:
                 workers[name] = processes.enter_context(_loaded(source, longest, compiled, variables))
@@ -191,20 +192,20 @@ def has_vllm() -> bool:
 
 
 def _variants(
-    folder: Path, config: Int4WeightOnlyConfig, made: Path, progress: Progress, served: Served
+    plan: Plan, made: Path, progress: Progress, served: Served
 ) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """The name of each, its directory, and variables of the environment."""
 
     def tell(name: str, done: int) -> None:
         progress("quantize", 0, 0)
 
-    yield BF16, folder, {}
-    quantize_directory(make_plan(folder, config), made / "ours", tell)
+    yield BF16, plan.folder, {}
+    quantize_directory(plan, made / "ours", tell)
     yield INT4, made / "ours", {}
-    export_directory(made / "ours", made / "gptq", "gptq", tell)
-    yield W4A16, made / "gptq", {"VLLM_CPU_INT4_W4A8": "0"}
+    export_directory(made / "ours", made / "theirs", "compressed-tensors", tell)
+    yield W4A16, made / "theirs", {"VLLM_CPU_INT4_W4A8": "0"}
     if torch.cpu._is_amx_tile_supported():
-        yield W4A8, made / "gptq", {"VLLM_CPU_INT4_W4A8": "1"}
+        yield W4A8, made / "theirs", {"VLLM_CPU_INT4_W4A8": "1"}
     else:
         served.refused[W4A8] = "this CPU has no AMX, without which vLLM does not round activations"
 
@@ -249,10 +250,11 @@ class _Worker:
 
 
 def _last_error(log: str) -> str:
-    """The last line of it that names an exception."""
-    lines = [line.strip() for line in log.splitlines()]
-    errors = [line for line in lines if "Error: " in line]
-    return (errors or lines or ["it ended without a word"])[-1]
+    """The last line of it that names an exception, and the next if that goes on, as pydantic's do."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()] or ["it ended without a word"]
+    at = max((i for i, line in enumerate(lines) if "Error: " in line), default=len(lines) - 1)
+    more = [line.strip() for line in lines[at + 1 : at + 2] if line[0].isspace()]
+    return " ".join([lines[at].strip(), *more])
 
 
 @contextlib.contextmanager
