@@ -170,7 +170,7 @@ def test_experts_of_another_model(tmp_path: Path) -> None:
     source = saved(qwen3_moe(), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 64}))
-    with pytest.raises(ValueError, match=r"an expert has shape \[192, 64\] where the model"):
+    with pytest.raises(ValueError, match=r"an expert has shape \[\d+, \d+\] where the model"):
         quantized(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
