@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchao.quantization import quantize_
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -24,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -45,7 +48,7 @@ from torchao_int4cpu.checkpoint.inspect import inspect
 from torchao_int4cpu.convert import directory as quantize_directory
 from torchao_int4cpu.convert import shards
 from torchao_int4cpu.convert.directory import sqnr
-from torchao_int4cpu.convert.plan import Plan, make_plan
+from torchao_int4cpu.convert.plan import MERGED, Plan, make_plan
 from torchao_int4cpu.convert.shards import Report
 from torchao_int4cpu.extras import MissingExtra
 
@@ -110,6 +113,22 @@ def test_other_kinds_of_models(tmp_path: Path) -> None:
     plan, _ = quantized(source, tmp_path / "t5-out", dtype=torch.float16)
     back = assert_equal_in_memory(plan, tmp_path / "t5-out", AutoModelForSeq2SeqLM)
     assert back.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+
+
+def test_tensors_that_transformers_takes_apart(tmp_path: Path) -> None:
+    """Queries, keys and values of nomic-bert are one tensor in the file, which is no expert."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 100}
+    model = NomicBertModel(NomicBertConfig(**sizes, num_attention_heads=2))
+    source = written(model, tmp_path / "source")
+    _, report = quantized(source, tmp_path / "out")
+    merged = [tensor.name for tensor in report.kept[MERGED]]
+    assert merged
+    assert all("Wqkv" in name for name in merged)
+    back = AutoModel.from_pretrained(tmp_path / "out")
+    assert int4_names(back) == {tensor.name for tensor in report.quantized} != set()
+    original = AutoModel.from_pretrained(source)
+    (q,) = (name for name, _ in back.named_parameters() if name.endswith("0.self_attn.q_proj.weight"))
+    assert torch.equal(back.get_parameter(q), original.get_parameter(q))
 
 
 @pytest.mark.parametrize("algorithm", ["hqq", "mse"])

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchao.quantization import quantize_
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from tests.hugging_face_models import llama
+from tests.moe_models import FAMILIES, build
 from tests.test_calibrated_directory import gptq, saved, text
 from torchao_int4cpu import Int4OpaqueTensor, Int4WeightOnlyConfig, calibrate
 from torchao_int4cpu import __main__ as cli
 from torchao_int4cpu.algorithms.choose_qparams import choose_qparams
 from torchao_int4cpu.checkpoint.safetensors import read_header
 from torchao_int4cpu.convert.directory import quantize_directory
+from torchao_int4cpu.convert.export import int4_sources
 from torchao_int4cpu.convert.plan import NOT_ASKED_FOR, Plan, make_plan
 from torchao_int4cpu.convert.shards import Report
 from torchao_int4cpu.convert.text import batches_of, read_text, token_ids, tokenizer_of
 from torchao_int4cpu.tensor.transposed import Int4TransposedTensor, Int4Weight, weight_of
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "vocab_size": 320,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+EXPERTS = {"qwen3_moe": 8, "mixtral": 4, "gpt_oss": 4}
 CONFIG = Int4WeightOnlyConfig(group_size=32, int4_choose_qparams_algorithm="mse")
 
 
@@ -52,28 +39,9 @@ def calibration(tmp_path: Path) -> Path:
     return tmp_path / "calibration.txt"
 
 
-def qwen3_moe() -> Any:
-    counts = {"num_experts": 4, "num_experts_per_tok": 2}
-    config = Qwen3MoeConfig(**SIZES, **counts, intermediate_size=96, moe_intermediate_size=96)
-    return Qwen3MoeForCausalLM(config)
-
-
-def mixtral() -> Any:
-    counts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**SIZES, **counts, intermediate_size=96))
-
-
-def gpt_oss() -> Any:
-    """Its file has stacks, as the model has them: input first, and with biases."""
-    counts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    config = GptOssConfig(**SIZES, **counts, intermediate_size=96)
-    model = GptOssForCausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)  # its biases are memory that nobody has written
-    return model
-
-
-MODELS = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "gpt_oss": gpt_oss}
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return build(family, dtype, vocab_size=320, max_position_embeddings=64)
 
 
 def stacks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -94,10 +62,10 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(weight, other[name]), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_quantizing_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    source = saved(MODELS[name]().to(dtype), tmp_path / "source")
+    source = saved(model_of(name, dtype), tmp_path / "source")
     plan, report = quantized(source, tmp_path / "out")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     memory = AutoModelForCausalLM.from_pretrained(source)
@@ -117,10 +85,10 @@ def test_it_is_quantizing_in_memory(name: str, dtype: torch.dtype, tmp_path: Pat
     assert_same(again, found)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_codes_are_those_of_each_expert(name: str, tmp_path: Path) -> None:
     """By hand, from the float model; the bytes are those of 4 bits, and the SQNR is theirs."""
-    model = MODELS[name]()
+    model = model_of(name)
     source = saved(model, tmp_path / "source")
     _, report = quantized(source, tmp_path / "out")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -138,16 +106,41 @@ def test_codes_are_those_of_each_expert(name: str, tmp_path: Path) -> None:
         assert 0.5 <= done[key].bytes_after / w.numel() < 1  # these are padded
 
 
+@pytest.mark.parametrize("experts", [True, False])
+def test_files_keep_the_names_of_the_original(experts: bool, tmp_path: Path) -> None:
+    """transformers renames Mixtral's, and vLLM goes by the files; the metadata has both names."""
+    source = saved(model_of("mixtral"), tmp_path / "source")
+    plan = make_plan(source, CONFIG, experts=experts)
+    quantize_directory(plan, tmp_path / "out", lambda name, done: None)
+    before = {tensor.key for tensor in read_header(source / "model.safetensors")}
+    after = {tensor.key for tensor in read_header(tmp_path / "out" / "model.safetensors")}
+    assert {key for key in after if "_weight_" not in key and "_proj_" not in key} < before
+    layer = "model.layers.1.block_sparse_moe"
+    assert f"{layer}.gate.weight" in after
+    assert (f"{layer}.experts._down_proj_qdata" in after) == experts
+    assert not [key for key in after if ".mlp." in key]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        names = json.loads(file.metadata()["tensor_names"])
+    assert {f"{layer}.gate.weight", "model.layers.1.mlp.gate.weight"} < set(names)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    memory = AutoModelForCausalLM.from_pretrained(source)
+    quantize_(memory, plan.by_name(), filter_fn=None)
+    assert_same(found, memory)
+    assert cli.main(["inspect", str(tmp_path / "out"), "--verify"]) == 0
+    four_bit = {name for name, p in found.named_parameters() if isinstance(p, Int4Weight)}
+    assert int4_sources([tmp_path / "out" / "model.safetensors"]).keys() == four_bit
+
+
 def test_without_it_they_are_kept_and_the_report_says_so(tmp_path: Path) -> None:
-    source = saved(qwen3_moe(), tmp_path / "source")
+    source = saved(model_of("qwen3_moe"), tmp_path / "source")
     plan = make_plan(source, CONFIG)
     kept = [tensor.name for tensor in plan.tensors if tensor.kept == NOT_ASKED_FOR]
-    assert len(kept) == 2 * 4 * 3  # layers, experts, matrices: as the file has them
+    assert len(kept) == 2 * 8 * 3  # layers, experts, matrices: as the file has them
     assert {tensor.key for tensor in read_header(source / "model.safetensors")} > set(kept)
 
 
 def test_skipping_some_of_them(tmp_path: Path) -> None:
-    source = saved(qwen3_moe(), tmp_path / "source")
+    source = saved(model_of("qwen3_moe"), tmp_path / "source")
     quantized(source, tmp_path / "out", skip=["model.layers.0.mlp", "down_proj"])
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     four_bit = [name for name, stack in stacks_of(found).items() if isinstance(stack, Int4Weight)]
@@ -167,7 +160,7 @@ def without_an_expert(folder: Path) -> None:
 
 
 def test_experts_of_another_model(tmp_path: Path) -> None:
-    source = saved(qwen3_moe(), tmp_path / "source")
+    source = saved(model_of("qwen3_moe"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 64}))
     with pytest.raises(ValueError, match=r"an expert has shape \[\d+, \d+\] where the model"):
@@ -180,19 +173,21 @@ def test_what_cannot_be_done(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no experts .* leave out --experts"):
         make_plan(source, CONFIG, experts=True)
     make_plan(source, CONFIG)
-    source = saved(qwen3_moe(), tmp_path / "qwen")
+    source = saved(model_of("qwen3_moe"), tmp_path / "qwen")
     without_an_expert(source)
-    with pytest.raises(ValueError, match="not all of the 4 experts of"):
+    with pytest.raises(ValueError, match="not all of the 8 experts of"):
         make_plan(source, CONFIG, experts=True)
     make_plan(source, CONFIG)
 
 
-@pytest.mark.parametrize("make", [qwen3_moe, pytest.param(mixtral, marks=pytest.mark.slow), gpt_oss])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow), "gpt_oss"]
+)
 def test_for_the_inputs_of_each_expert(
-    make: Callable[[], Any], tmp_path: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `calibrate` in memory, bit for bit in float32; what no token reaches is named."""
-    source = saved(make(), tmp_path / "source")
+    source = saved(model_of(name), tmp_path / "source")
     assert gptq(source, tmp_path / "out", calibration, "--experts") == 0
     assert "matrices are quantized for their inputs" in capsys.readouterr().out
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -201,15 +196,15 @@ def test_for_the_inputs_of_each_expert(
     config = make_plan(source, CONFIG, experts=True).by_name()
     told = calibrate(model, batches_of(ids, model.config), config, progress=False)
     assert_same(found, model)
-    assert len([weight for weight in told.weights if "experts" in weight.name]) == 2 * 2 * 4
+    assert len([weight for weight in told.weights if "experts" in weight.name]) == 2 * 2 * EXPERTS[name]
 
 
 def test_a_number_of_bits(
     tmp_path: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stack has one group size."""
-    source = saved(qwen3_moe(), tmp_path / "source")
-    assert gptq(source, tmp_path / "out", calibration, "--experts", "--target-bits", "4.8") == 0
+    source = saved(model_of("qwen3_moe"), tmp_path / "source")
+    assert gptq(source, tmp_path / "out", calibration, "--experts", "--target-bits", "5.2") == 0
     assert "group sizes: " in capsys.readouterr().out
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     weights = [weight_of(p.data) for p in found.parameters() if isinstance(p, Int4Weight)]
@@ -218,7 +213,7 @@ def test_a_number_of_bits(
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = saved(qwen3_moe(), tmp_path / "source")
+    source = saved(model_of("qwen3_moe"), tmp_path / "source")
     assert cli.main(["quantize", str(source), str(tmp_path / "a"), "--group-size", "32"]) == 0
     assert NOT_ASKED_FOR in capsys.readouterr().out
     arguments = [str(source), str(tmp_path / "b"), "--group-size", "32", "--experts"]

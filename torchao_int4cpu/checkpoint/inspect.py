@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,10 @@ def inspect(path: Path, *, verify: bool = False) -> Contents:
     stored = {source.key: source for file in files for source in read_header(file)}
     used: set[str] = set()
     entries = {name: entry for file in files for name, entry in int4_entries(file).items()}
+    others = names_in_files(entries, stored)
     for name, entry in entries.items():
-        used.update(_weight(name, entry, stored, contents))
+        if name not in others:
+            used.update(_weight(name, entry, stored, contents))
     contents.others = [source for key, source in stored.items() if key not in used]
     if verify:
         for file in files:
@@ -174,6 +176,28 @@ def int4_entries(file: Path) -> dict[str, dict[str, Any]]:
         if isinstance(entry, dict) and entry.get("_type") == TYPE_NAME:
             entries[name] = entry
     return entries
+
+
+def names_in_files(entries: Mapping[str, dict[str, Any]], stored: Container[str]) -> dict[str, str]:
+    """What weights are called in files, by the names that a model has for them.
+
+    A weight that transformers calls otherwise than its files do is named twice, with one checksum.
+
+    Args:
+        entries: see `int4_entries`.
+        stored: the keys of all files.
+    """
+    missing = {}
+    unclaimed: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        data = entry.get("_data")
+        if "." not in name or not isinstance(data, dict) or not data.get("crc32"):
+            continue  # an older file's, in which nothing is named twice, or no entry at all
+        if part_key(name, "qdata") in stored:
+            unclaimed.setdefault(json.dumps(entry), []).append(name)
+        else:
+            missing[name] = json.dumps(entry)
+    return {name: unclaimed[entry].pop(0) for name, entry in missing.items() if unclaimed.get(entry)}
 
 
 def _weight(

@@ -102,7 +102,7 @@ def _items(plan: Plan, calibrated: Calibrated) -> Iterator[Item]:
         if not tensor.kept:
             size = packed_bytes(tensor.shape, plan.group_size(tensor.name))
         make = functools.partial(_make, plan, tensor, calibrated)
-        yield Item(tensor.name, tensor.nbytes, size, tensor.kept, make)
+        yield Item(tensor.name, tensor.nbytes, size, tensor.kept, make, tensor.key)
 
 
 def _make(plan: Plan, tensor: Planned, calibrated: Calibrated) -> tuple[Tensor, float]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchao_int4cpu.checkpoint.inspect import int4_entries
+from torchao_int4cpu.checkpoint.inspect import int4_entries, names_in_files
 from torchao_int4cpu.checkpoint.safetensors import (
     Source,
     from_safetensors,
@@ -136,21 +136,24 @@ def check_exportable(folder: Path, weights: dict[str, Int4Source], format: str) 
 
 
 def int4_sources(files: list[Path]) -> dict[str, Int4Source]:
-    """The 4-bit weights of safetensors files, by their names.
+    """The 4-bit weights of safetensors files, by their names in the model.
 
     Raises:
         ValueError: a part is missing.
     """
     stored = {source.key: source for file in files for source in read_header(file)}
+    entries = {name: entry for file in files for name, entry in int4_entries(file).items()}
+    others = names_in_files(entries, stored)
     found = {}
-    for file in files:
-        for name, entry in int4_entries(file).items():
-            parts = {part: part_key(name, part) for part in entry["_tensor_data_names"]}
-            missing = [key for key in parts.values() if key not in stored]
-            if missing:
-                raise ValueError(f"{', '.join(missing)} is missing; fetch the files again")
-            sources = {part: stored[key] for part, key in parts.items()}
-            found[name] = Int4Source(dict(entry["_data"]), sources)
+    for name, entry in entries.items():
+        if name in others.values():
+            continue
+        parts = {p: part_key(others.get(name, name), p) for p in entry["_tensor_data_names"]}
+        missing = [key for key in parts.values() if key not in stored]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing; fetch the files again")
+        sources = {part: stored[key] for part, key in parts.items()}
+        found[name] = Int4Source(dict(entry["_data"]), sources)
     return found
 
 

@@ -150,6 +150,7 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
     needed = {format.parts[0], format.parts[1]}  # a dense weight has one name in common with MLX
     weights = {stem: parts for stem, parts in weights.items() if needed <= parts.keys()}
     stacks: Stacks[dict[str, Source]] = Stacks(names)
+    written: dict[str, str] = {}
     for source in sources:
         stem, _, last = source.key.rpartition(".")
         parts = weights.get(stem, {})
@@ -159,11 +160,14 @@ def _items(model: Any, format: _Format, sources: list[Source], dtype: torch.dtyp
             key = f"{stem}.weight"
             name, pattern = names.find(key)
             if pattern is None:
-                yield _int4_item(model, names.held, format, key, name, parts, dtype)
+                item = _int4_item(model, names.held, format, key, name, parts, dtype)
+                yield item._replace(key=names.written(name, key))
             else:
+                written[name] = names.written(name, key, pattern)
                 stacks.add(name, pattern, key, parts)
     for name in stacks:
-        yield _stack_item(format, name, stacks.of(name), names.held[name].shape, dtype)
+        item = _stack_item(format, name, stacks.of(name), names.held[name].shape, dtype)
+        yield item._replace(key=written[name])
 
 
 def _dense_item(names: Names, source: Source) -> Item:
@@ -178,7 +182,8 @@ def _dense_item(names: Names, source: Source) -> Item:
     def make() -> tuple[Tensor, float]:
         return read(source).to(dtype), math.inf
 
-    return Item(name, source.nbytes, math.prod(source.shape) * dtype.itemsize, why, make)
+    size = math.prod(source.shape) * dtype.itemsize
+    return Item(name, source.nbytes, size, why, make, names.written(name, source.key))
 
 
 def _int4_item(
@@ -266,8 +271,9 @@ def write_config(model: Any, model_config: Any, entries: dict[str, Any], folder:
     """``config.json`` of a model with the 4-bit weights that the metadata names."""
     from torchao_int4cpu.integrations.transformers_saving import config_of
 
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, entry in entries.items():
-        if entry["_type"] == TYPE_NAME:
+        if entry["_type"] == TYPE_NAME and name in parameters:
             data = entry["_data"]
             module, _, parameter = name.rpartition(".")
             dtype = getattr(torch, data["dtype"]["_data"])

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from torchao_int4cpu.checkpoint.safetensors import part_key
+
 T = TypeVar("T")
 
 
@@ -43,6 +45,24 @@ class Names:
             name, converter = rename_source_key(key, [], [], **options)
         return name, converter
 
+    def written(self, name: str, key: str, pattern: str | None = None) -> str:
+        """What a tensor is called in files that are made: as those that were read call it.
+
+        vLLM goes by the names of the original files (Mixtral's, which transformers renames). Where
+        transformers would not find the parts of a 4-bit weight under such a name, it is the model's.
+
+        Args:
+            name: of the parameter.
+            key: in the files that were read; of a stack that they have apart, that of any part.
+            pattern: as `find` gives it.
+        """
+        if pattern is not None:
+            stem = key[: _expert(pattern, key).start(1)]
+            key = f"{stem}{name.rpartition('.')[2]}"
+        if key == name or "." not in key or "." not in name:
+            return name
+        return key if self.find(part_key(key, "qdata"))[0] == part_key(name, "qdata") else name
+
     def stacked_by(self, pattern: str) -> list[str]:
         """The patterns whose tensors a converter stacks, joined along their rows in this order.
 
@@ -74,13 +94,17 @@ def expert_number(pattern: str, key: str) -> int:
     Raises:
         ValueError: the name has none there.
     """
+    return int(_expert(pattern, key)[1])
+
+
+def _expert(pattern: str, key: str) -> re.Match[str]:
     found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
     if found is None or not found.groups():
         raise ValueError(
             f"{key} is put together with other tensors by transformers, and is no expert by its name; "
             "load the model with from_pretrained beside this package, and save_pretrained it"
         )
-    return int(found[1])
+    return found
 
 
 class Stacks(Generic[T]):

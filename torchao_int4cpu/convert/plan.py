@@ -42,6 +42,7 @@ class Planned(NamedTuple):
         sources: the tensor; or of a stack that the files have apart, for each expert the parts of which
             it consists, in the order of their rows.
         name: of the parameter; the key of the source where transformers changes more than the name.
+        key: in the files that are made, see `Names.written`.
         shape: in the model; of a 4-bit one ``[N, K]`` or ``[E, N, K]``.
         dtype: that the model holds it in.
         kept: why it is not quantized; empty if it is.
@@ -50,6 +51,7 @@ class Planned(NamedTuple):
 
     sources: list[list[Source]]
     name: str
+    key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     kept: str
@@ -339,6 +341,7 @@ def _planned(
 ) -> Iterator[Planned]:
     names = Names(model, quantizer, dtype)
     experts, stacks = expert_stacks(model), Stacks[Source](names)
+    keys: dict[str, str] = {}
 
     def kept(name: str, found: torch.dtype, shape: Sequence[int]) -> str:
         module, _, parameter = name.rpartition(".")
@@ -354,31 +357,35 @@ def _planned(
         grows = packed_bytes(shape, group_size(name)) > math.prod(shape) * dtype.itemsize
         return "larger in 4 bits, because of padding" if grows else ""
 
-    def planned(name: str, sources: list[list[Source]], shape: tuple[int, ...]) -> Iterator[Planned]:
+    def planned(
+        name: str, key: str, sources: list[list[Source]], shape: tuple[int, ...]
+    ) -> Iterator[Planned]:
         is_input_first = experts.get(name, False)
         rows_first = (*shape[:-2], shape[-1], shape[-2]) if is_input_first else shape
         why = kept(name, sources[0][0].dtype, rows_first)
-        made = Planned(sources, name, rows_first, names.dtype_of(name, dtype), "", is_input_first)
+        dtype_in_4_bits = names.dtype_of(name, dtype)
+        made = Planned(sources, name, key, rows_first, dtype_in_4_bits, "", is_input_first)
         if not why:
             yield made
         elif made.is_apart:
             for source in itertools.chain(*sources):
                 yield as_it_is(source, why)
         else:
-            yield Planned(sources, name, shape, names.dtype_of(name), why)
+            yield Planned(sources, name, key, shape, names.dtype_of(name), why)
 
     def as_it_is(source: Source, why: str) -> Planned:
-        return Planned([[source]], source.key, source.shape, source.dtype, why)
+        return Planned([[source]], source.key, source.key, source.shape, source.dtype, why)
 
     for source in sources:
         name, converter = names.find(source.key)
-        if converter is not None and name in included:
+        if converter is not None and name in experts and name in included:
+            keys[name] = names.written(name, source.key, converter)
             stacks.add(name, converter, source.key, source)
         elif converter is not None:
             yield as_it_is(source, NOT_ASKED_FOR if name in experts else MERGED)
         elif name not in names.held:
             yield as_it_is(source, NOT_IN_MODEL)
         else:
-            yield from planned(name, [[source]], source.shape)
+            yield from planned(name, names.written(name, source.key), [[source]], source.shape)
     for name in stacks:
-        yield from planned(name, stacks.of(name), tuple(names.held[name].shape))
+        yield from planned(name, keys[name], stacks.of(name), tuple(names.held[name].shape))

@@ -40,6 +40,7 @@ class Item(NamedTuple):
         kept: why it is not 4-bit; empty if it is.
         make: gives it, and the SQNR in dB of a 4-bit weight that was rounded (else infinite). Or, in
             the format of another tool, several tensors by name, of which our metadata says nothing.
+        key: in the files, where that is another; the metadata has both.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Item(NamedTuple):
     bytes_after: int
     kept: str
     make: Callable[[], tuple[Tensor | dict[str, Tensor], float]]
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,12 +216,14 @@ def _write_shard(unfinished: Path, state: _State, shard: list[Item], progress: P
         size = 0
         if isinstance(tensor, dict):
             parts = tensor
-        elif isinstance(tensor, Int4Weight):
-            state.entries[item.name] = metadata_of(tensor)
-            parts = {part_key(item.name, part): value for part, value in tensor.parts().items()}
         else:
-            state.entries[item.name] = {"_type": "Tensor"}
-            parts = {item.name: tensor}
+            key = item.key or item.name
+            if isinstance(tensor, Int4Weight):
+                entry = metadata_of(tensor)
+                parts = {part_key(key, part): value for part, value in tensor.parts().items()}
+            else:
+                entry, parts = {"_type": "Tensor"}, {key: tensor}
+            state.entries |= {item.name: entry, key: entry}
         for key, part in parts.items():
             stored[key] = part.contiguous()
             size += part.nbytes
