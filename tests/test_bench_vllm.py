@@ -46,6 +46,7 @@ def test_rows(source: Path) -> None:
     for row in served.rows:
         share = 1.0 if row.weights == BF16 else 0.5
         assert row.weight_bytes == 1000 * share
+        assert row.int4_weights == (0 if row.weights == BF16 else 7)
         assert row.resident_bytes == 5000
         assert row.vs_bf16 == pytest.approx(1 / share)
         seconds = share * (0.26 if row.step == "prefill" else row.sequences * 4e-3)

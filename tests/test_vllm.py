@@ -98,10 +98,13 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def asked_of_vllm(
-    folder: Path, processes: int = 1, variables: dict[str, str] | None = None
+    folder: Path,
+    processes: int = 1,
+    variables: dict[str, str] | None = None,
+    runner: str = "generate",
 ) -> dict[str, Any]:
     child = Path(__file__).parent / "children" / "vllm_logprobs.py"
-    command = [PYTHON, str(child), str(folder), str(processes), *map(str, TOKENS)]
+    command = [PYTHON, str(child), str(folder), runner, str(processes), *map(str, TOKENS)]
     environment = os.environ | (variables or {})
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment
@@ -160,21 +163,28 @@ def test_experts(make: Callable[[], Any], tmp_path: Path) -> None:
         assert kind == "Int4OpaqueTensor"
 
 
-def test_experts_by_the_command(tmp_path: Path) -> None:
-    dense = saved(qwen3_moe, None, tmp_path / "dense")
+@pytest.mark.parametrize("make", [qwen3_moe, mixtral])
+def test_experts_by_the_command(make: Callable[[], Any], tmp_path: Path) -> None:
+    dense = saved(make, None, tmp_path / "dense")
     arguments = [str(dense), str(tmp_path / "out"), "--group-size", "32", "--experts"]
     assert cli.main(["quantize", *arguments]) == 0
     found = asked_of_vllm(tmp_path / "out")
     assert_same_as_transformers(tmp_path / "out", found)
-    assert found["types"]["model.layers.1.mlp.experts.routed_experts.w2_weight"] == "Int4OpaqueTensor"
+    layer = "block_sparse_moe" if make is mixtral else "mlp"
+    kind = found["types"][f"model.layers.1.{layer}.experts.routed_experts.w2_weight"]
+    assert kind == "Int4OpaqueTensor"
 
 
 @pytest.mark.parametrize(
     ("format", "packed_for", "served_by"),
-    [("gptq", "default", {"ATEN_CPU_CAPABILITY": "avx2"}), ("awq", "avx2", {})],
+    [
+        ("gptq", {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}),
+        ("awq", {}, {"ATEN_CPU_CAPABILITY": "avx2"}),
+        ("awq", {"ATEN_CPU_CAPABILITY": "avx2"}, {}),
+    ],
 )
 def test_other_tools_checkpoints_without_avx512(
-    format: str, packed_for: str, served_by: dict[str, str], tmp_path: Path
+    format: str, packed_for: dict[str, str], served_by: dict[str, str], tmp_path: Path
 ) -> None:
     """Of which vLLM has no kernel there; packed for one instruction set, and served by another.
 
@@ -184,8 +194,7 @@ def test_other_tools_checkpoints_without_avx512(
     save_foreign(tmp_path / "foreign", llama().bfloat16(), format)
     save_tokenizer(tmp_path / "foreign")
     command = [sys.executable, "-m", "torchao_int4cpu", "convert", "foreign", "out"]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": packed_for}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | packed_for)
     found = asked_of_vllm(tmp_path / "out", variables=served_by)
     assert_same_as_transformers(tmp_path / "out", found)
     assert found["types"]["model.layers.1.mlp.gate_up_proj.weight"] == "Int4OpaqueTensor"
@@ -194,7 +203,7 @@ def test_other_tools_checkpoints_without_avx512(
 def test_a_pooling_model(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320}
     folder = saved(lambda: BertModel(BertConfig(**sizes, num_attention_heads=2)), G32, tmp_path)
-    found = asked_of_vllm(folder, 0)
+    found = asked_of_vllm(folder, runner="pooling")
     model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         first = model(torch.tensor([TOKENS])).last_hidden_state[0, 0].float()
@@ -207,11 +216,12 @@ def test_a_pooling_model(tmp_path: Path) -> None:
     assert found["types"]["model.encoder.layer.0.attention.self.qkv_proj.weight"] == "Int4OpaqueTensor"
 
 
-def test_dense_experts_beside_4_bit_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [qwen3_moe, mixtral])
+def test_dense_experts_beside_4_bit_layers(make: Callable[[], Any], tmp_path: Path) -> None:
     """By the command, and by save_pretrained, where the head is 4-bit, too."""
-    dense = saved(qwen3_moe, None, tmp_path / "dense")
+    dense = saved(make, None, tmp_path / "dense")
     assert cli.main(["quantize", str(dense), str(tmp_path / "a"), "--group-size", "32"]) == 0
-    for folder in (tmp_path / "a", saved(qwen3_moe, G32, tmp_path / "b")):
+    for folder in (tmp_path / "a", saved(make, G32, tmp_path / "b")):
         assert_same_as_transformers(folder, asked_of_vllm(folder))
 
 
@@ -307,6 +317,7 @@ def test_bench(tmp_path: Path) -> None:
     for step in ("prefill", "decode"):
         dense, ours = found["bf16", step], found["4-bit", step]
         assert 0 < ours["weight_bytes"] < dense["weight_bytes"] < dense["resident_bytes"]
+        assert ours["int4_weights"] > 0 == dense["int4_weights"]
         assert ours["vs_bf16"] == pytest.approx(dense["ms"] / ours["ms"])
     loaded = {name for name, _ in found}
     assert loaded | set(where["not loaded"]) == {"bf16", "4-bit", "vLLM W4A16", "vLLM W4A8"}

@@ -20,7 +20,7 @@ def main() -> None:
         print("Traceback\nAttributeError: there is no op\n  for it\n  bye", file=sys.stderr)
         sys.exit(1)
     share = 0.5 if method == "torchao" else 1.0
-    loaded = {"vllm": "1.2", "weight_bytes": 1000 * share, "int4_weights": 0}
+    loaded = {"vllm": "1.2", "weight_bytes": 1000 * share, "int4_weights": 0 if share == 1 else 7}
     print(ANSWER + json.dumps(loaded), flush=True)
     for line in sys.stdin:
         prompt_tokens, sequences, new_tokens = json.loads(line)

@@ -395,6 +395,14 @@ def _resident_bytes_with_a_fresh_peak() -> int | None:
         return None
 
 
+def resident_bytes() -> int | None:
+    """Of this process, now; None where the system does not say."""
+    try:
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
 def _status_bytes(name: str) -> int:
     """A field of ``/proc/self/status``, which is in KiB."""
     with open("/proc/self/status") as file:

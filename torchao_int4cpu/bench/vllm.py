@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -55,6 +55,7 @@ class ServingRow:
         ms: median milliseconds, of the prompt, or of a step of all sequences.
         tokens_per_s: of the prompt, or of all sequences together.
         vs_bf16: that over the one of `BF16`; above 1 is faster. None if that did not load.
+        int4_weights: how many are 4-bit weights of this package.
         weight_bytes: of all parameters.
         resident_bytes: of the process when it was done; None where the system does not say.
     """
@@ -66,6 +67,7 @@ class ServingRow:
     ms: float
     tokens_per_s: float
     vs_bf16: float | None
+    int4_weights: int
     weight_bytes: int
     resident_bytes: int | None
 
@@ -133,13 +135,15 @@ def run(
     served = Served()
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as processes:
         workers: dict[str, _Worker] = {}
-        for name, source, variables in _variants(plan, Path(made), progress, served):
-            progress(f"load {name}", len(workers), 4)
+        for name, source, variables in _variants(plan, Path(made), progress):
+            progress(f"load {name}", 0, 0)
             try:
                 workers[name] = processes.enter_context(_loaded(source, longest, compiled, variables))
                 served.vllm = workers[name].loaded["vllm"]
             except _EndedError as ended:
                 served.refused[name] = str(ended)
+        if not torch.cpu._is_amx_tile_supported():
+            served.refused[W4A8] = "this CPU has no AMX, without which vLLM does not round activations"
         seconds = _medians(workers, calls, passes, progress)
         served.rows = [
             _row(call, name, worker, seconds) for call in calls for name, worker in workers.items()
@@ -181,6 +185,7 @@ def _row(
         ms=1e3 * taken,
         tokens_per_s=(call.prompt_tokens if call.step == "prefill" else call.sequences) / taken,
         vs_bf16=seconds[BF16, call] / taken if (BF16, call) in seconds else None,
+        int4_weights=worker.loaded["int4_weights"],
         weight_bytes=worker.loaded["weight_bytes"],
         resident_bytes=worker.resident_bytes,
     )
@@ -191,9 +196,7 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _variants(
-    plan: Plan, made: Path, progress: Progress, served: Served
-) -> Iterator[tuple[str, Path, dict[str, str]]]:
+def _variants(plan: Plan, made: Path, progress: Progress) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """The name of each, its directory, and variables of the environment."""
 
     def tell(name: str, done: int) -> None:
@@ -206,8 +209,6 @@ def _variants(
     yield W4A16, made / "theirs", {"VLLM_CPU_INT4_W4A8": "0"}
     if torch.cpu._is_amx_tile_supported():
         yield W4A8, made / "theirs", {"VLLM_CPU_INT4_W4A8": "1"}
-    else:
-        served.refused[W4A8] = "this CPU has no AMX, without which vLLM does not round activations"
 
 
 class _EndedError(Exception):
@@ -217,7 +218,7 @@ class _EndedError(Exception):
 class _Worker:
     """A process that has a model, and what it said when it had loaded it."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
         self._process, self._log = process, log
         self.loaded = self._next()
         self.resident_bytes: int | None = None
@@ -246,7 +247,8 @@ class _Worker:
                 found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return found
         self._process.wait()
-        raise _EndedError(_last_error(self._log.read_text()))
+        self._log.seek(0)
+        raise _EndedError(_last_error(self._log.read()))
 
 
 def _last_error(log: str) -> str:
@@ -266,20 +268,18 @@ def _loaded(
     Raises:
         _EndedError: vLLM does not load it.
     """
-    with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs) / "log"
-        with (
-            log.open("w") as file,
-            subprocess.Popen(
-                [*WORKER, str(folder.absolute()), str(longest), str(int(compiled))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=os.environ | variables,
-            ) as process,
-        ):
-            try:
-                yield _Worker(process, log)
-            finally:
-                process.kill()
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            [*WORKER, str(folder.absolute()), str(longest), str(int(compiled))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | variables,
+        ) as process,
+    ):
+        try:
+            yield _Worker(process, log)
+        finally:
+            process.kill()

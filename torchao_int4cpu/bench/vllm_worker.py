@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from torchao_int4cpu.bench.model import resident_bytes
 from torchao_int4cpu.bench.model_variants import weight_bytes
 from torchao_int4cpu.bench.timing import seconds
 from torchao_int4cpu.tensor.int4 import Int4OpaqueTensor
@@ -50,7 +50,7 @@ def main() -> None:
     )
     for line in sys.stdin:
         taken = _seconds(llm, *json.loads(line))
-        _answer({"seconds": taken, "resident_bytes": _resident_bytes()})
+        _answer({"seconds": taken, "resident_bytes": resident_bytes()})
 
 
 def _seconds(llm: Any, prompt_tokens: int, sequences: int, new_tokens: int) -> float:
@@ -64,17 +64,6 @@ def _seconds(llm: Any, prompt_tokens: int, sequences: int, new_tokens: int) -> f
         temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
     )
     return seconds(lambda: llm.generate(prompts, sampling, use_tqdm=False))
-
-
-def _resident_bytes() -> int | None:
-    """Of this process, now; None where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def _answer(found: dict[str, Any]) -> None:
